@@ -1,0 +1,710 @@
+"""Sample Stable Diffusion XL with a DPO-trained UNet by DDIM: prompts in, PNGs out, in 20 to 50 steps instead of 500.
+
+DIPO changes no training objective: a UNet trained with Diffusion-DPO is put into SDXL, a DDIM scheduler is swapped in,
+and the sampling loop below runs over a short subsequence of the 1,000 training timesteps.
+
+    python hasty_sample.py --demo                               # the small model in assets/demo; no GPU, no network
+    python hasty_sample.py                                      # SDXL and the DPO UNet, from the hub or its cache
+    python hasty_sample.py --prompts prompts.txt --num-inference-steps 50 --eta 0.5
+    python hasty_sample.py --prompts parti --limit 100 --base-model models/sdxl --dpo-unet models/dpo-unet
+    accelerate launch hasty_sample.py --prompts prompts.txt     # shares the images out over all GPUs
+
+To use other models, edit the paths at the top of Settings or pass them as flags. The output folder gets 00000.png and
+so on (each with its settings inside, readable by AUTOMATIC1111's web UI), grid.png and images.csv. A run that was
+stopped goes on when the same command is given again.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import diffusers
+import huggingface_hub.errors
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+import tyro
+from accelerate import PartialState
+from accelerate.utils import find_executable_batch_size
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from tqdm import tqdm
+
+
+@dataclass
+class Settings:
+    base_model: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    """SDXL pipeline: a folder or a hub name"""
+    dpo_unet: str = "mhdang/dpo-sdxl-text2image-v1"
+    """DPO-trained UNet: a folder or a hub name, with or without a subfolder unet; empty: the base model's own"""
+    vae: str = "madebyollin/sdxl-vae-fp16-fix"
+    """VAE that stays finite in fp16: a folder or a hub name; empty: the base model's own"""
+    parti: str = "nateraw/parti-prompts"
+    """data set behind --prompts parti: a folder or a hub name"""
+
+    demo: bool = False
+    """use the small model of assets/demo, and its prompts where none are given"""
+    prompts: str = ""
+    """a .txt with a prompt a line, a .csv or .parquet with a prompt column, or parti; empty: EXAMPLE_PROMPTS"""
+    limit: int | None = None
+    """use the first N prompts only"""
+    images_per_prompt: int = 1
+    """images of each prompt, each with its own seed"""
+    output_dir: str = "generated_images/hasty_sample"
+    """where images, grid and table go"""
+    overwrite: bool = False
+    """replace images in the output folder that were made with other settings"""
+
+    num_inference_steps: int = 30
+    """DDIM steps, 1 to 1000"""
+    eta: float = 0.0
+    """share of the ancestral noise, 0 (DDIM) to 1 (DDPM on the same timesteps)"""
+    guidance_scale: float = 5.0
+    """classifier-free guidance; 1 or less switches it off and halves the time"""
+    negative_prompt: str = ""
+    """what to steer away from; empty: SDXL's own unconditional embeddings"""
+    timestep_spacing: str = "leading"
+    """leading (SDXL's own), trailing or linspace"""
+    seed: int = 0
+    """image number i is drawn from seed + i"""
+    height: int | None = None
+    """pixels; default: the model's own, 1024 for SDXL"""
+    width: int | None = None
+    """pixels; default: the model's own, 1024 for SDXL"""
+
+    batch_size: int = 4
+    """images sampled together; halved when the GPU's memory runs out"""
+    dtype: str = "auto"
+    """fp16, bf16, fp32, or auto: fp16 on a GPU, fp32 on the CPU"""
+    device: str = "auto"
+    """cuda, cuda:1, mps, cpu, or auto: the first of these that is there"""
+
+
+EXAMPLE_PROMPTS = (
+    "a close-up portrait of an old fisherman in a yellow raincoat, soft window light",
+    "a young woman with freckles reading in a train, 35mm photograph",
+    "an oil painting of a king with a parrot on his shoulder",
+    "a lighthouse on a cliff above a stormy sea at dusk",
+    "terraced rice fields at sunrise, fog in the valley",
+    "a frozen lake under the northern lights, wide angle",
+    "abstract composition of overlapping circles in teal and copper",
+    "swirling ink in water, deep blue and gold, macro",
+)
+
+DEMO_MODEL = "assets/demo/sdxl"
+DEMO_DPO_UNET = "assets/demo/sdxl/unet"
+DEMO_PROMPTS = "assets/demo/prompts.txt"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SPACINGS = ("leading", "trailing", "linspace")
+MAX_GRID_PIXELS = 25_000_000
+
+
+class UserError(Exception):
+    """Something that the user can put right; ends the script with one line and exit code 2."""
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def find_path(name: str) -> Path | None:
+    """A file or folder given relative to the current folder or to this script's; None where neither exists."""
+    for path in (Path(name).expanduser(), Path(__file__).resolve().parent / name):
+        if name and path.exists():
+            return path
+    return None
+
+
+def with_demo(s: Settings) -> Settings:
+    """The settings with the demo's models and prompts wherever they were left at their defaults."""
+    if not find_path(DEMO_MODEL):
+        raise UserError(f"--demo needs {DEMO_MODEL} beside {Path(__file__).name}: run it inside a clone of the repository")
+    demo = {"base_model": DEMO_MODEL, "dpo_unet": DEMO_DPO_UNET, "vae": "", "prompts": DEMO_PROMPTS}
+    default = Settings()
+    return replace(s, **{k: v for k, v in demo.items() if getattr(s, k) == getattr(default, k)})
+
+
+def check_settings(s: Settings) -> None:
+    """Raise UserError for every value that can be judged without loading a model."""
+    if not 1 <= s.num_inference_steps <= 1000:
+        raise UserError(f"--num-inference-steps {s.num_inference_steps}: use 1 to 1000, as SDXL was trained on 1000")
+    if not 0 <= s.eta <= 1:
+        raise UserError(f"--eta {s.eta}: use 0 (DDIM, deterministic) to 1 (as random as DDPM)")
+    if not math.isfinite(s.guidance_scale):
+        raise UserError(f"--guidance-scale {s.guidance_scale}: use a finite number, SDXL's usual range is 5 to 8")
+    if s.timestep_spacing not in SPACINGS:
+        raise UserError(f"--timestep-spacing {s.timestep_spacing!r}: use one of {', '.join(SPACINGS)}")
+    if s.dtype not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {s.dtype!r}: use auto, {', '.join(DTYPES)}")
+    for flag, value in (("limit", s.limit), ("images-per-prompt", s.images_per_prompt), ("batch-size", s.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: use 1 or more")
+    if not 0 <= s.seed < 2**63:
+        raise UserError(f"--seed {s.seed}: use 0 to 2**63 - 1")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", s.device):
+        raise UserError(f"--device {s.device!r}: use auto, cuda, cuda:1, mps or cpu")
+    if s.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {s.device}: no CUDA GPU is visible to torch here; use --device cpu, or fix the driver")
+    if ":" in s.device and int(s.device.split(":")[1]) >= torch.cuda.device_count():
+        raise UserError(f"--device {s.device}: this machine has GPUs 0 to {torch.cuda.device_count() - 1} only")
+    if s.device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: no Apple GPU is visible to torch here; use --device cpu")
+    check_model_path("base-model", s.base_model, "model_index.json")
+    check_model_path("dpo-unet", s.dpo_unet, "config.json")
+    check_model_path("vae", s.vae, "config.json")
+
+
+def check_model_path(flag: str, name: str, index_file: str) -> None:
+    """Raise UserError unless name is a model folder (it or its subfolder of the kind holds index_file), could be a hub
+    name such as "owner/name", or is empty where the base model's own part can stand in."""
+    path = find_path(name)
+    if path:
+        if not any((path / sub / index_file).exists() for sub in ("", "unet", "vae")):
+            raise UserError(f"--{flag} {name}: no {index_file} in it, so this is not a model folder of diffusers")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and (name or flag == "base-model"):
+        raise UserError(
+            f"--{flag} {name!r}: no such folder; give a folder, fetch the models with download_models.py, or try --demo"
+        )
+
+
+def read_prompts(source: str, parti: str, limit: int | None) -> list[str]:
+    """The prompts of a file or data set, in order, blank ones left out.
+
+    source: a .txt (UTF-8, a prompt a line), a .csv or .parquet with a column named prompt (in any case), "parti", or
+    empty for EXAMPLE_PROMPTS. Raises UserError for a file that is missing, empty, of another kind or not readable.
+    """
+    if not source:
+        prompts = list(EXAMPLE_PROMPTS)
+    elif source == "parti":
+        from datasets import load_dataset
+
+        try:
+            table = load_dataset(str(find_path(parti) or parti), split="train")
+        except Exception as e:
+            raise UserError(f"--prompts parti: could not load {parti}: {first_line(e)}") from e
+        prompts = prompt_column(table.to_pandas(), "parti")
+    else:
+        path = find_path(source)
+        if not path or not path.is_file():
+            raise UserError(f"--prompts {source}: no such file; give a .txt, .csv or .parquet file, or parti")
+        try:
+            if path.suffix.lower() == ".txt":
+                prompts = path.read_text(encoding="utf-8-sig").splitlines()
+            elif path.suffix.lower() == ".csv":
+                prompts = prompt_column(pd.read_csv(path, dtype=str, keep_default_na=False), source)
+            elif path.suffix.lower() == ".parquet":
+                prompts = prompt_column(pd.read_parquet(path), source)
+            else:
+                raise UserError(f"--prompts {source}: of no known kind; give a .txt, .csv or .parquet file, or parti")
+        except (ValueError, OSError) as e:
+            raise UserError(f"--prompts {source}: cannot be read: {first_line(e)}") from e
+    prompts = [p.strip() for p in prompts if p.strip()][:limit]
+    if not prompts:
+        raise UserError(f"--prompts {source}: holds no prompt; put one on each line, or in the column prompt")
+    return prompts
+
+
+def prompt_column(table: pd.DataFrame, source: str) -> list[str]:
+    columns = [c for c in table.columns if str(c).lower() == "prompt"]
+    if not columns:
+        raise UserError(f"--prompts {source}: has no column prompt; its columns are {', '.join(map(str, table.columns))}")
+    return table[columns[0]].fillna("").astype(str).tolist()
+
+
+def first_line(e: BaseException) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+def load_part(loader, flag: str, name: str, subfolder: str, dtype: torch.dtype):
+    """One model of a diffusers pipeline from a folder or the hub, from its subfolder where there is one.
+
+    loader: a from_pretrained of diffusers. Files in half precision (variant fp16) are preferred for half precision from
+    the hub, and taken from a folder that holds them. Raises UserError when nothing usable is found.
+    """
+    path = find_path(name)
+    if path and not (path / subfolder / "config.json").exists():
+        subfolder = ""
+    half_files = path and any((path / subfolder).rglob("*.fp16.safetensors"))
+    variants = [("fp16" if half_files else None)] if path else ["fp16", None] if dtype != torch.float32 else [None]
+    subfolders = [subfolder] if path else [subfolder, ""]
+    attempts = [(v, sub) for sub in dict.fromkeys(subfolders) for v in variants]
+    for i, (variant, sub) in enumerate(attempts):
+        extra = {"subfolder": sub} if sub else {}
+        try:
+            return loader(str(path or name), variant=variant, torch_dtype=dtype, use_safetensors=True, **extra)
+        except (OSError, ValueError, KeyError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as e:
+            if i + 1 == len(attempts) or isinstance(e, huggingface_hub.errors.LocalEntryNotFoundError):
+                where = "is damaged" if path else "is no folder here and could not be had from the hub"
+                raise UserError(
+                    f"--{flag} {name}: {where} ({first_line(e)[:200]}); fetch it with download_models.py, or try --demo"
+                ) from e
+
+
+def quiet_libraries() -> None:
+    """No loading bars and no advice between our own lines; errors still come through."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+
+
+def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """SDXL with the DPO-trained UNet and a DDIM scheduler swapped in, in evaluation mode on the device.
+
+    Raises UserError when a model cannot be loaded, does not fit the others, or does not predict the noise.
+    """
+    parts = {}
+    if s.dpo_unet:
+        parts["unet"] = load_part(UNet2DConditionModel.from_pretrained, "dpo-unet", s.dpo_unet, "unet", dtype)
+    if s.vae:
+        parts["vae"] = load_part(AutoencoderKL.from_pretrained, "vae", s.vae, "vae", dtype)
+
+    def base(*args, **kwargs):
+        return StableDiffusionXLPipeline.from_pretrained(*args, **kwargs, **parts, add_watermarker=False)
+
+    pipe = load_part(base, "base-model", s.base_model, "", dtype)
+    # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    if pipe.scheduler.config.prediction_type != "epsilon":
+        raise UserError(f"--base-model {s.base_model}: predicts {pipe.scheduler.config.prediction_type}, not the noise")
+    wanted = pipe.text_encoder.config.hidden_size + pipe.text_encoder_2.config.hidden_size
+    if pipe.unet.config.cross_attention_dim != wanted:
+        raise UserError(
+            f"--dpo-unet {s.dpo_unet}: made for text embeddings of {pipe.unet.config.cross_attention_dim} numbers, "
+            f"but --base-model {s.base_model} gives {wanted}; take both from the same model family"
+        )
+    pipe.to(device)
+    if dtype == torch.float16 and pipe.vae.config.force_upcast:
+        pipe.vae.to(torch.float32)
+    return pipe
+
+
+def image_size(s: Settings, pipe: StableDiffusionXLPipeline) -> tuple[int, int]:
+    """Height and width in pixels; UserError unless both are multiples of the VAE's factor."""
+    factor = pipe.vae_scale_factor
+    default = pipe.unet.config.sample_size * factor
+    height, width = s.height or default, s.width or default
+    for flag, value in (("height", height), ("width", width)):
+        if value < factor or value % factor:
+            near = max(factor, round(value / factor) * factor)
+            raise UserError(f"--{flag} {value}: must be a multiple of {factor}, the VAE's factor; the nearest is {near}")
+    return height, width
+
+
+def warn_of_long_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str]) -> None:
+    """Print a warning for each prompt longer than the text encoders read (77 tokens), with the part that is cut off."""
+    tokenizer = pipe.tokenizer
+    for prompt in dict.fromkeys(prompts):
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        room = tokenizer.model_max_length - 2
+        if len(ids) > room:
+            cut = tokenizer.decode(ids[room:]).strip()
+            print(f"warning: {len(ids) + 2} tokens, {room + 2} are read; cut off: {cut!r}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def ddim_timesteps(steps: int, spacing: str, train_steps: int = 1000, offset: int = 1) -> list[int]:
+    """The subsequence tau of the training timesteps, descending (Song et al. 2021, section 4.2).
+
+    The same as diffusers' DDIMScheduler.set_timesteps with one exception. Its "leading" spacing takes the whole-number
+    stride train_steps // steps, and so 800 steps would start from pure noise at t = 800. Where that leaves the first
+    timestep a stride or more too low, the real-valued stride is used and rounded down: 800 steps start at 999.
+
+    steps: 1 to train_steps. spacing: "leading", "trailing" or "linspace". offset: the scheduler's steps_offset, used by
+    "leading". Lin et al. 2023 (Common diffusion noise schedules and sample steps are flawed) compares the three.
+    """
+    i = np.arange(steps)
+    if spacing == "leading":
+        stride = train_steps // steps
+        if (steps - 1) * (train_steps / steps - stride) >= train_steps / steps:
+            tau = i * train_steps // steps
+        else:
+            tau = i * stride
+        tau = (tau + min(offset, train_steps - 1 - tau[-1]))[::-1]
+    elif spacing == "trailing":
+        tau = np.round(train_steps - i * (train_steps / steps)) - 1
+    else:
+        tau = np.round(np.linspace(train_steps - 1, 0, steps))
+    return [int(t) for t in tau]
+
+
+def ddim_coefficients(alphas_cumprod: torch.Tensor, timesteps: list[int], eta: float) -> torch.Tensor:
+    """DDIM's update (Song et al. 2021, equations 12 and 16) as x_prev = a x + b e + sigma z, a row (a, b, sigma) a step.
+
+    alphas_cumprod: alpha_bar of all training timesteps, (T,). timesteps: descending; each step goes to the next one, the
+    last to alpha_bar[0], as SDXL's set_alpha_to_one = False says. eta: 0 to 1. Returns (len(timesteps), 3), float64.
+    """
+    alpha_bar = alphas_cumprod.double().cpu()
+    a_t = alpha_bar[timesteps]
+    a_prev = torch.cat([a_t[1:], alpha_bar[:1]])
+    sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).clamp(min=0).sqrt()
+    a = (a_prev / a_t).sqrt()
+    b = (1 - a_prev - sigma**2).clamp(min=0).sqrt() - a * (1 - a_t).sqrt()
+    return torch.stack([a, b, sigma], dim=1)
+
+
+def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Normal noise, float32 (B, *shape), image by image from its own CPU generator, so that it is the same on every
+    device and in every batch; copied without waiting."""
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def ddim_sample(
+    unet: UNet2DConditionModel,
+    alphas_cumprod: torch.Tensor,
+    timesteps: list[int],
+    prompt_embeds: torch.Tensor,
+    pooled_embeds: torch.Tensor,
+    generators: list[torch.Generator],
+    height: int,
+    width: int,
+    guidance_scale: float = 5.0,
+    eta: float = 0.0,
+    vae_scale_factor: int = 8,
+    on_step=lambda: None,
+) -> torch.Tensor:
+    """Sample SDXL latents by DDIM (Song et al. 2021) with classifier-free guidance (Ho and Salimans 2022).
+
+    prompt_embeds: (2B, 77, D) with the unconditional half first, or (B, 77, D) for no guidance. pooled_embeds: (2B, P)
+    or (B, P). generators: one CPU generator for each of the B images. on_step: called once each step, on the host.
+    Returns float32 (B, 4, height / vae_scale_factor, width / vae_scale_factor). Nothing in the loop waits for the device.
+    """
+    device, dtype, batch = prompt_embeds.device, prompt_embeds.dtype, len(generators)
+    shape = (unet.config.in_channels, height // vae_scale_factor, width // vae_scale_factor)
+    guided = prompt_embeds.shape[0] == 2 * batch
+    coefficients = ddim_coefficients(alphas_cumprod, timesteps, eta).float().to(device)
+    t = torch.tensor(timesteps, device=device)
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=dtype)
+    conditions = {"text_embeds": pooled_embeds, "time_ids": time_ids.expand(prompt_embeds.shape[0], -1)}
+    x = draw_noise(generators, shape, device)
+    for i in range(len(timesteps)):
+        a, b, sigma = coefficients[i]
+        model_input = (torch.cat([x, x]) if guided else x).to(dtype)
+        e = unet(
+            model_input,
+            t[i],
+            encoder_hidden_states=prompt_embeds,
+            added_cond_kwargs=conditions,
+            return_dict=False,
+        )[0].float()
+        if guided:
+            e_uncond, e_cond = e.chunk(2)
+            e = e_uncond + guidance_scale * (e_cond - e_uncond)
+        x = a * x + b * e
+        if eta > 0:
+            x = x + sigma * draw_noise(generators, shape, device)
+        on_step()
+    return x
+
+
+@torch.no_grad()
+def encode_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str], negative: str, guided: bool):
+    """SDXL's embeddings of B prompts: (B or 2B, 77, D) and pooled (B or 2B, P), the unconditional half first.
+
+    An empty negative prompt means SDXL's own unconditional embeddings (zeros where the model's index says so).
+    """
+    unique = list(dict.fromkeys(prompts))
+    rows = [unique.index(p) for p in prompts]
+    text, no_text, pooled, no_pooled = pipe.encode_prompt(
+        unique,
+        device=pipe.unet.device,
+        do_classifier_free_guidance=guided,
+        negative_prompt=[negative] * len(unique) if negative else None,
+    )
+    if not guided:
+        return text[rows], pooled[rows]
+    return torch.cat([no_text[rows], text[rows]]), torch.cat([no_pooled[rows], pooled[rows]])
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Images of latents (B, 4, H, W), one at a time to bound memory: (B, 3, F H, F W), float32 in [-1, 1] or a little
+    outside, NaN where the VAE overflowed."""
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    return torch.cat([vae.decode(z[None], return_dict=False)[0].float() for z in scaled])
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def infotext(record: dict) -> str:
+    """An image's settings in the form that AUTOMATIC1111's web UI writes into PNGs and reads back."""
+    model = record["dpo_unet"] or record["base_model"]
+    fields = {
+        "Steps": record["num_inference_steps"],
+        "Sampler": "DDIM",
+        "CFG scale": f"{record['guidance_scale']:g}",
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}",
+        "Model": json.dumps(model) if re.search(r"[,:\n]", model) else model,
+        "Eta DDIM": f"{record['eta']:g}",
+        "Timestep spacing": record["timestep_spacing"],
+        "Version": f"DIPO with diffusers {record['diffusers']}",
+    }
+    lines = [record["prompt"]]
+    if record["negative_prompt"]:
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in fields.items())])
+
+
+def save_png(path: Path, image: Image.Image, record: dict) -> None:
+    """Write a PNG with its settings (`parameters` for people and web UIs, `dipo` as JSON), aside and then renamed, so
+    that a file under its final name is always whole."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", infotext(record))
+    info.add_text("dipo", json.dumps(record))
+    part = path.with_name(f".{path.name}.part")
+    image.save(part, format="PNG", pnginfo=info)
+    os.replace(part, path)
+
+
+def read_record(path: Path) -> dict | None:
+    """The settings inside a finished PNG of ours; None for a file that is missing, cut short or of other origin."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(-12, os.SEEK_END)
+            if f.read() != b"\x00\x00\x00\x00IEND\xaeB`\x82":
+                return None
+        with Image.open(path) as image:
+            return json.loads(image.info["dipo"])
+    except (OSError, KeyError, ValueError, SyntaxError):
+        return None
+
+
+def difference(record: dict, wanted: dict) -> str | None:
+    """The first setting in which a finished image differs from the wanted one, as a sentence; None if none does."""
+    for key, value in wanted.items():
+        if record.get(key) != value:
+            return f"{key} {record.get(key)!r}, this run has {value!r}"
+    return None
+
+
+def make_grid(paths: list[Path], captions: list[str], columns: int) -> tuple[Image.Image, int]:
+    """A grid of images with a caption under each, at most MAX_GRID_PIXELS, and how many images found room in it.
+
+    Small images are enlarged to 192 pixels at least; large ones are scaled down, to no less than that, to fit.
+    """
+    with Image.open(paths[0]) as first:
+        width, height = first.size
+    cell = width * math.ceil(192 / width)
+    rows = math.ceil(len(paths) / columns)
+
+    def cell_height(cell: int) -> int:
+        return round(cell * height / width) + caption_height(cell)
+
+    if columns * cell * rows * cell_height(cell) > MAX_GRID_PIXELS:
+        cell = max(192, int(cell * math.sqrt(MAX_GRID_PIXELS / (columns * cell * rows * cell_height(cell)))))
+        rows = min(rows, MAX_GRID_PIXELS // (columns * cell * cell_height(cell)) or 1)
+    gap = max(4, cell // 40)
+    step_x, step_y = cell + gap, cell_height(cell) + gap
+    grid = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), "white")
+    shown = min(len(paths), rows * columns)
+    for i in range(shown):
+        x, y = gap + i % columns * step_x, gap + i // columns * step_y
+        with Image.open(paths[i]) as image:
+            picture = image.convert("RGB").resize((cell, round(cell * height / width)), Image.Resampling.LANCZOS)
+        grid.paste(picture, (x, y))
+        draw_caption(grid, captions[i], x, y + picture.height, cell)
+    return grid, shown
+
+
+def caption_height(cell: int) -> int:
+    return round(caption_font(cell).size * 1.25 * 4)
+
+
+def caption_font(cell: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), max(12, cell // 20))
+
+
+def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int) -> None:
+    """Write text in up to three lines of the cell's width, centred, cut with an ellipsis."""
+    font, lines = caption_font(cell), [""]
+    for word in "".join(c if c.isprintable() else " " for c in text[:600]).split():
+        for piece in [word[k : k + 20] for k in range(0, len(word), 20)]:
+            joined = f"{lines[-1]} {piece}".strip()
+            if font.getlength(joined) <= cell:
+                lines[-1] = joined
+            else:
+                lines.append(piece)
+    lines = [line for line in lines if line]
+    if len(lines) > 3:
+        lines = [*lines[:2], lines[2] + " …"]
+    draw = ImageDraw.Draw(grid)
+    for k, line in enumerate(lines):
+        while font.getlength(line) > cell:
+            line = line[:-2].rstrip(" …") + "…"
+        draw.text((x + cell / 2, y + font.size * (0.5 + 1.25 * k)), line, "black", font, anchor="ma")
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def make_images(s: Settings) -> None:
+    """The whole job, on every process of an accelerate launch."""
+    if s.demo:
+        s = with_demo(s)
+    check_settings(s)
+    prompts = read_prompts(s.prompts, s.parti, s.limit)
+    state = PartialState(cpu=s.device == "cpu")
+    device = torch.device(s.device) if ":" in s.device else state.device
+    dtype_name = s.dtype if s.dtype != "auto" else "fp32" if device.type == "cpu" else "fp16"
+    try:
+        out = Path(s.output_dir)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({e.strerror}); give another") from e
+
+    quiet_libraries()
+    pipe = load_pipeline(s, device, DTYPES[dtype_name])
+    height, width = image_size(s, pipe)
+    timesteps = ddim_timesteps(
+        s.num_inference_steps,
+        s.timestep_spacing,
+        pipe.scheduler.config.num_train_timesteps,
+        pipe.scheduler.config.steps_offset,
+    )
+    kept = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "timestep_spacing")
+    kept += ("base_model", "dpo_unet", "vae")
+    common = {k: v for k, v in asdict(s).items() if k in kept} | {"height": height, "width": width, "dtype": dtype_name}
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
+    wanted = {
+        out / f"{i:05d}.png": {"prompt": prompts[i // s.images_per_prompt], "seed": s.seed + i} | common
+        for i in range(len(prompts) * s.images_per_prompt)
+    }
+
+    finished = {p: r for p in sorted(out.glob("[0-9]" * 5 + "*.png")) if (r := read_record(p))}
+    differing = {p: d for p, r in finished.items() if (d := difference(r, wanted.get(p, common)))}
+    if differing and not s.overwrite:
+        path, what = next(iter(differing.items()))
+        raise UserError(f"{path} was made with {what}; choose another --output-dir, or --overwrite to replace it")
+    todo = [p for p in wanted if p not in finished or p in differing]
+    # Every process has to have looked before the first one writes.
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for path in differing:
+            path.unlink()
+        warn_of_long_prompts(pipe, [*prompts, s.negative_prompt])
+        if timesteps[0] < 900:
+            print(f"note: {s.num_inference_steps} {s.timestep_spacing} steps start at t = {timesteps[0]} of 999")
+        if len(todo) < len(wanted):
+            print(f"{len(wanted) - len(todo)} of {len(wanted)} images are in {out} already")
+    state.wait_for_everyone()
+
+    with state.split_between_processes(todo) as share:
+        seconds = sample_all(s, pipe, share, wanted, timesteps, height, width, versions)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(s, out, list(wanted), seconds)
+
+
+def sample_all(s, pipe, share, wanted, timesteps, height, width, versions) -> list[float]:
+    """Make the images of this process, batch by batch, halving the batch when the memory runs out. Returns the seconds
+    per image of each batch."""
+    left, seconds, batch_size = list(share), [], s.batch_size
+    guided, device = s.guidance_scale > 1, pipe.unet.device
+    bar = tqdm(total=len(left) * len(timesteps), unit="step", disable=not PartialState().is_local_main_process)
+
+    def halve() -> int:
+        nonlocal batch_size
+        batch_size //= 2
+        if batch_size:
+            tqdm.write(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
+        return batch_size
+
+    @find_executable_batch_size(starting_batch_size=batch_size, reduce_batch_size_fn=halve)
+    def run(batch_size: int) -> None:
+        while left:
+            paths = left[:batch_size]
+            records = [wanted[p] for p in paths]
+            bar.set_description(f"image {len(share) - len(left) + 1}-{len(share) - len(left) + len(paths)} of {len(share)}")
+            bar.n = (len(share) - len(left)) * len(timesteps)
+            start = time.perf_counter()
+            embeds = encode_prompts(pipe, [r["prompt"] for r in records], s.negative_prompt, guided)
+            latents = ddim_sample(
+                pipe.unet,
+                pipe.scheduler.alphas_cumprod,
+                timesteps,
+                *embeds,
+                [torch.Generator().manual_seed(r["seed"]) for r in records],
+                height,
+                width,
+                s.guidance_scale,
+                s.eta,
+                pipe.vae_scale_factor,
+                functools.partial(bar.update, len(paths)),
+            )
+            images = decode(pipe.vae, latents).cpu()
+            each = (time.perf_counter() - start) / len(paths)
+            measured = {"seconds_per_image": round(each, 4), "batch_size": len(paths), "device": device_name(device)}
+            for path, image, record in zip(paths, images, records, strict=True):
+                if not torch.isfinite(image).all():
+                    raise UserError(
+                        f"the image of prompt {record['prompt']!r} with seed {record['seed']} came out with NaN; "
+                        f"try --dtype bf16 or fp32, and with fp16 a VAE that can stand it ({Settings.vae})"
+                    )
+                pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+                save_png(path, Image.fromarray(pixels), record | measured | versions)
+            seconds.append(each)
+            del left[: len(paths)]
+
+    try:
+        run()
+    except RuntimeError as e:
+        if "No executable batch size" in str(e):
+            raise UserError("one image alone does not fit into the memory; use a smaller --height and --width") from e
+        raise
+    finally:
+        bar.close()
+    return seconds
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def finish(s: Settings, out: Path, paths: list[Path], seconds: list[float]) -> None:
+    """Write images.csv and grid.png from the finished PNGs, and say where they are."""
+    records = [{"file": p.name} | read_record(p) for p in paths]
+    pd.DataFrame(records).to_csv(out / ".images.csv.part", index=False)
+    os.replace(out / ".images.csv.part", out / "images.csv")
+    columns = s.images_per_prompt if 1 < s.images_per_prompt <= 8 else min(len(paths), max(4, math.isqrt(len(paths))))
+    grid, shown = make_grid(paths, [r["prompt"] for r in records], columns)
+    grid.save(out / ".grid.png.part", format="PNG")
+    os.replace(out / ".grid.png.part", out / "grid.png")
+    speed = f"{np.median(seconds):.2f} s per image (median over batches), " if seconds else ""
+    note = "" if shown == len(paths) else f" (the first {shown} images)"
+    print(f"{len(paths)} images, {speed}{out / 'images.csv'}, {out / 'grid.png'}{note}")
+
+
+def main() -> None:
+    s = tyro.cli(Settings, description=__doc__)
+    try:
+        make_images(s)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"stopped; finished images are in {s.output_dir}, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

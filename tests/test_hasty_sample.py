@@ -1,0 +1,376 @@
+"""hasty_sample.py as its users run it: files, restarts, processes, and what it says of bad input."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import DEMO, ROOT
+from PIL import Image
+
+import hasty_sample as hs
+
+SCRIPT = ROOT / "hasty_sample.py"
+FAST = ("--demo", "--num-inference-steps", "4")
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def write_prompts(path, n=6):
+    colours = ["red", "green", "blue", "white", "pink", "purple"]
+    path.write_text("\n".join(f"a landscape with {c} hills under a yellow sky" for c in colours[:n]), encoding="utf-8")
+    return path
+
+
+def command(*arguments):
+    return [sys.executable, str(SCRIPT), *map(str, arguments)]
+
+
+# ------------------------------------------------------------------------------------------------------- what comes out
+
+
+def test_demo_leaves_images_grid_and_table(run, tmp_path):
+    code, out, err = run("hasty_sample", *FAST, "--limit", "3", "--seed", "5", "--output-dir", "out")
+    assert code == 0, err
+    table = pd.read_csv("out/images.csv", keep_default_na=False)
+    assert table["file"].tolist() == ["00000.png", "00001.png", "00002.png"]
+    assert table["seed"].tolist() == [5, 6, 7]
+    assert (table["num_inference_steps"] == 4).all() and (table["eta"] == 0).all() and (table["guidance_scale"] == 5).all()
+    assert (table["base_model"] == hs.DEMO_MODEL).all() and (table["dpo_unet"] == hs.DEMO_DPO_UNET).all()
+    assert (table["seconds_per_image"] > 0).all()
+    assert {"torch", "diffusers", "transformers", "device", "dtype", "prompt", "negative_prompt"} <= set(table.columns)
+    assert table["prompt"].tolist() == (ROOT / hs.DEMO_PROMPTS).read_text(encoding="utf-8").splitlines()[:3]
+    assert all(Image.open(f"out/{name}").size == (64, 64) for name in table["file"])
+    assert Image.open("out/grid.png").width > 3 * 192
+    assert "3 images" in out and "grid.png" in out and "s per image" in out
+    assert sorted(p.name for p in Path("out").iterdir()) == [*table["file"], "grid.png", "images.csv"]
+
+
+def test_images_per_prompt_and_their_seeds(run):
+    prompts = write_prompts(Path("p.txt"), 2)
+    code, _, err = run("hasty_sample", *FAST, "--prompts", prompts, "--images-per-prompt", 2, "--output-dir", "out")
+    assert code == 0, err
+    table = pd.read_csv("out/images.csv")
+    assert table["prompt"].tolist() == [p for p in prompts.read_text().splitlines() for _ in range(2)]
+    assert table["seed"].tolist() == [0, 1, 2, 3]
+    assert np.abs(pixels("out/00000.png") - pixels("out/00001.png")).max() > 30
+
+
+def test_size_eta_and_spacing_flags_reach_the_images(run):
+    flags = ("--height", 48, "--width", 96, "--eta", 0.5, "--timestep-spacing", "trailing", "--guidance-scale", 1)
+    code, _, err = run("hasty_sample", *FAST, "--limit", 1, *flags, "--negative-prompt", "red", "--output-dir", "out")
+    assert code == 0, err
+    assert Image.open("out/00000.png").size == (96, 48)
+    row = pd.read_csv("out/images.csv").iloc[0]
+    assert (row["height"], row["width"], row["eta"], row["timestep_spacing"]) == (48, 96, 0.5, "trailing")
+
+
+def test_an_image_is_the_same_in_any_batch(run):
+    for size in (1, 3, 4):
+        code, _, err = run("hasty_sample", *FAST, "--eta", 1, "--limit", 5, "--batch-size", size, "--output-dir", f"b{size}")
+        assert code == 0, err
+    for i in range(5):
+        for size in (3, 4):
+            assert np.abs(pixels(f"b1/{i:05d}.png") - pixels(f"b{size}/{i:05d}.png")).max() <= 2
+
+
+def test_two_processes_make_what_one_makes(run, tmp_path):
+    flags = [*FAST, "--eta", 1, "--limit", 5, "--device", "cpu"]
+    code, _, err = run("hasty_sample", *flags, "--output-dir", "one")
+    assert code == 0, err
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [*launch, str(SCRIPT), *map(str, flags), "--output-dir", "two"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("grid.png") == 1
+    assert len(pd.read_csv(tmp_path / "two/images.csv")) == 5
+    for i in range(5):
+        assert np.abs(pixels(f"one/{i:05d}.png") - pixels(tmp_path / f"two/{i:05d}.png")).max() <= 2
+    # The second process really took part: its images came in batches of their own.
+    assert pd.read_csv(tmp_path / "two/images.csv")["batch_size"].max() <= 3
+
+
+# ------------------------------------------------------------------------------------------------- stopping and going on
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_is_continued(run, tmp_path, how):
+    flags = ["--demo", "--num-inference-steps", 60, "--batch-size", 1, "--limit", 4, "--output-dir", tmp_path / "out"]
+    process = subprocess.Popen(command(*flags), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out/00001.png").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be stopped"
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    assert "Traceback" not in err
+    made = sorted((tmp_path / "out").glob("0*.png"))
+    assert 2 <= len(made) < 4 and not (tmp_path / "out/images.csv").exists()
+    stamps = {p: p.stat().st_mtime_ns for p in made}
+
+    code, out, err = run("hasty_sample", *flags)
+    assert code == 0, err
+    assert f"{len(made)} of 4 images" in out
+    assert {p: p.stat().st_mtime_ns for p in made} == stamps
+    assert len(pd.read_csv(tmp_path / "out/images.csv")) == 4
+
+    code, out, _ = run("hasty_sample", *flags[:-1], tmp_path / "whole")
+    for i in range(4):
+        assert np.abs(pixels(tmp_path / f"whole/{i:05d}.png") - pixels(tmp_path / f"out/{i:05d}.png")).max() <= 2
+
+
+def test_a_cut_png_is_made_again_and_a_whole_one_is_kept(run):
+    flags = (*FAST, "--limit", 3, "--output-dir", "out")
+    assert run("hasty_sample", *flags)[0] == 0
+    before = [pixels(f"out/{i:05d}.png") for i in range(3)]
+    whole = Path("out/00001.png").read_bytes()
+    Path("out/00001.png").write_bytes(whole[: len(whole) // 2])
+    Path("out/.00002.png.part").write_bytes(whole[:100])
+    stamp = Path("out/00000.png").stat().st_mtime_ns
+    code, out, _ = run("hasty_sample", *flags)
+    assert code == 0 and "2 of 3 images" in out
+    assert Path("out/00000.png").stat().st_mtime_ns == stamp
+    assert all(np.abs(pixels(f"out/{i:05d}.png") - before[i]).max() <= 2 for i in range(3))
+
+
+def test_more_prompts_later_make_only_the_new_images(run):
+    prompts = write_prompts(Path("p.txt"))
+    flags = (*FAST, "--prompts", prompts, "--output-dir", "out")
+    assert run("hasty_sample", *flags, "--limit", 2)[0] == 0
+    code, out, _ = run("hasty_sample", *flags, "--limit", 3)
+    assert code == 0 and "2 of 3 images" in out
+    assert len(pd.read_csv("out/images.csv")) == 3
+
+
+def test_other_settings_in_the_same_folder_are_an_error_until_overwritten(run):
+    flags = (*FAST, "--limit", 2, "--output-dir", "out")
+    assert run("hasty_sample", *flags)[0] == 0
+    old = pixels("out/00000.png")
+    code, _, err = run("hasty_sample", *flags, "--seed", 100)
+    assert code == 2 and "seed 0, this run has 100" in err and "--overwrite" in err
+    assert (pixels("out/00000.png") == old).all()
+    code, _, err = run("hasty_sample", *flags, "--guidance-scale", 3)
+    assert code == 2 and "guidance_scale 5.0, this run has 3.0" in err
+    assert run("hasty_sample", *flags, "--seed", 100, "--overwrite")[0] == 0
+    assert (pixels("out/00000.png") != old).any()
+    assert pd.read_csv("out/images.csv")["seed"].tolist() == [100, 101]
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def parse_infotext(text):
+    """Reads settings as AUTOMATIC1111's web UI does: the last line holds "key: value" pairs, values may be JSON strings;
+    before it come the prompt and, after its marker, the negative prompt."""
+    *lines, last = text.strip().split("\n")
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
+    assert len(pairs) >= 3
+    prompt, negative, into_negative = [], [], False
+    for line in lines:
+        if line.startswith("Negative prompt:"):
+            into_negative, line = True, line.removeprefix("Negative prompt:").strip()
+        (negative if into_negative else prompt).append(line)
+    return {"Prompt": "\n".join(prompt), "Negative prompt": "\n".join(negative)} | dict(pairs)
+
+
+def test_pngs_carry_their_settings_for_web_uis(run):
+    Path("p.txt").write_text('a café, "quoted": steps: 3, 日本 🎨\n', encoding="utf-8")
+    flags = ("--prompts", "p.txt", "--negative-prompt", "green hills, rain", "--eta", 0.25, "--seed", 9)
+    assert run("hasty_sample", *FAST, *flags, "--output-dir", "out")[0] == 0
+    read = parse_infotext(Image.open("out/00000.png").info["parameters"])
+    assert read["Prompt"] == 'a café, "quoted": steps: 3, 日本 🎨'
+    assert read["Negative prompt"] == "green hills, rain"
+    expected = {"Steps": "4", "Sampler": "DDIM", "CFG scale": "5", "Seed": "9", "Size": "64x64", "Eta DDIM": "0.25"}
+    assert {k: read[k] for k in expected} == expected
+    assert pd.read_csv("out/images.csv")["prompt"][0] == 'a café, "quoted": steps: 3, 日本 🎨'
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "parquet", "parti"])
+def test_prompts_from_every_kind_of_file(kind, tmp_path):
+    wanted = ["one, two", "Ünï 日本", 'say "hi"']
+    path = tmp_path / f"prompts.{kind}"
+    if kind == "txt":
+        path.write_text("\ufeff" + "\n\n".join(wanted) + "\n  \n", encoding="utf-8")
+    elif kind == "parti":
+        (tmp_path / "parti").mkdir()
+        pd.DataFrame({"Prompt": wanted, "Category": "x"}).to_parquet(tmp_path / "parti/train.parquet")
+    else:
+        table = pd.DataFrame({"id": [1, 2, 3], "Prompt": wanted})
+        table.to_csv(path, index=False) if kind == "csv" else table.to_parquet(path)
+    source = "parti" if kind == "parti" else str(path)
+    assert hs.read_prompts(source, str(tmp_path / "parti"), None) == wanted
+    assert hs.read_prompts(source, str(tmp_path / "parti"), 2) == wanted[:2]
+
+
+def test_a_prompt_too_long_is_named_with_what_is_cut(run):
+    Path("p.txt").write_text("red hills " * 40 + "final purple sun\n")
+    code, _, err = run("hasty_sample", *FAST, "--prompts", "p.txt", "--output-dir", "out")
+    assert code == 0
+    warning = [line for line in err.splitlines() if line.startswith("warning:")]
+    assert len(warning) == 1 and "final purple sun" in warning[0] and "77 are read" in warning[0]
+
+
+BAD_INPUT = {
+    "no such model": (["--base-model", "/nowhere/sdxl"], ["--base-model", "/nowhere/sdxl", "download_models.py", "--demo"]),
+    "no such unet": (["--demo", "--dpo-unet", "./nowhere"], ["--dpo-unet", "./nowhere"]),
+    "no such vae": (["--demo", "--vae", "a/b/c"], ["--vae", "a/b/c"]),
+    "not a model": (["--demo", "--base-model", str(ROOT / "tests")], ["--base-model", "model_index.json"]),
+    "hub unreachable": (["--base-model", "nobody/nothing", "--vae", "", "--dpo-unet", ""], ["--base-model nobody/nothing"]),
+    "no prompts file": (["--demo", "--prompts", "none.txt"], ["--prompts none.txt", "no such file"]),
+    "empty prompts": (["--demo", "--prompts", "empty.txt"], ["--prompts empty.txt", "holds no prompt"]),
+    "unknown kind": (["--demo", "--prompts", "prompts.docx"], ["--prompts prompts.docx", ".parquet"]),
+    "no column": (["--demo", "--prompts", "wrong.csv"], ["no column prompt", "text, id"]),
+    "not text": (["--demo", "--prompts", "binary.txt"], ["--prompts binary.txt", "cannot be read"]),
+    "not parquet": (["--demo", "--prompts", "binary.parquet"], ["--prompts binary.parquet", "cannot be read"]),
+    "no steps": (["--demo", "--num-inference-steps", "0"], ["--num-inference-steps 0", "1 to 1000"]),
+    "too many steps": (["--demo", "--num-inference-steps", "1001"], ["--num-inference-steps 1001"]),
+    "eta too large": (["--demo", "--eta", "1.5"], ["--eta 1.5"]),
+    "eta no number": (["--demo", "--eta", "nan"], ["--eta nan"]),
+    "guidance": (["--demo", "--guidance-scale", "inf"], ["--guidance-scale inf"]),
+    "height": (["--demo", "--height", "70"], ["--height 70", "multiple of 4", "72"]),
+    "width": (["--demo", "--width", "-8"], ["--width -8"]),
+    "dtype": (["--demo", "--dtype", "fp8"], ["--dtype 'fp8'", "bf16"]),
+    "device": (["--demo", "--device", "tpu"], ["--device 'tpu'"]),
+    "no cuda": (["--demo", "--device", "cuda"], ["--device cuda", "no CUDA GPU"]),
+    "spacing": (["--demo", "--timestep-spacing", "even"], ["--timestep-spacing 'even'", "trailing"]),
+    "limit": (["--demo", "--limit", "0"], ["--limit 0"]),
+    "batch": (["--demo", "--batch-size", "0"], ["--batch-size 0"]),
+    "seed": (["--demo", "--seed", "-1"], ["--seed -1"]),
+    "output folder": (["--demo", "--output-dir", "empty.txt/out"], ["--output-dir empty.txt/out"]),
+    "vae as unet": (["--demo", "--dpo-unet", str(DEMO / "vae")], ["--dpo-unet"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_with_one_line_and_exit_code_2(run, name, monkeypatch):
+    if name == "no cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    Path("empty.txt").write_text("\n \n")
+    Path("prompts.docx").write_text("x")
+    Path("wrong.csv").write_text("text,id\nx,1\n")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00\x80")
+    Path("binary.parquet").write_bytes(b"PAR2")
+    flags, said = BAD_INPUT[name]
+    code, out, err = run("hasty_sample", *flags)
+    assert code == 2 and out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    assert all(words in lines[0] for words in said), err
+
+
+def test_a_damaged_model_file_is_named(run):
+    shutil.copytree(DEMO, "model")
+    weights = Path("model/unet/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = run("hasty_sample", "--demo", "--dpo-unet", "model/unet")
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "--dpo-unet model/unet: is damaged" in err
+
+
+def test_as_a_process_bad_input_gives_no_traceback(tmp_path):
+    done = subprocess.run(command("--demo", "--eta", "2"), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --eta 2.0: use 0 (DDIM, deterministic) to 1 (as random as DDPM)\n"
+
+
+def test_the_script_works_alone_and_away_from_its_repository(tmp_path):
+    """Copied by itself to another folder, with the model's path given."""
+    shutil.copy(SCRIPT, tmp_path / "copy.py")
+    (tmp_path / "p.txt").write_text("a red sun")
+    flags = ["--base-model", DEMO, "--dpo-unet", "", "--vae", "", "--prompts", "p.txt", "--num-inference-steps", "2"]
+    done = subprocess.run(
+        [sys.executable, "copy.py", *map(str, flags)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "generated_images/hasty_sample/grid.png").exists()
+    done = subprocess.run([sys.executable, "copy.py", "--demo"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "assets/demo/sdxl beside copy.py" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_nan_is_an_error_that_names_prompt_and_seed(run, monkeypatch):
+    whole = hs.decode
+
+    def overflow(vae, latents):
+        images = whole(vae, latents)
+        images[1, 0, 3, 3] = float("nan")
+        return images
+
+    monkeypatch.setattr(hs, "decode", overflow)
+    code, _, err = run("hasty_sample", *FAST, "--limit", 3, "--seed", 40, "--output-dir", "out")
+    prompt = (ROOT / hs.DEMO_PROMPTS).read_text().splitlines()[1]
+    assert code == 2 and "NaN" in err and prompt in err and "seed 41" in err
+    assert not Path("out/00001.png").exists() and Path("out/00000.png").exists()
+
+
+def test_out_of_memory_halves_the_batch(run, monkeypatch):
+    sample, sizes = hs.ddim_sample, []
+
+    def small_gpu(*arguments, **more):
+        sizes.append(len(arguments[5]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return sample(*arguments, **more)
+
+    monkeypatch.setattr(hs, "ddim_sample", small_gpu)
+    code, _, err = run("hasty_sample", *FAST, "--limit", 5, "--batch-size", 8, "--output-dir", "out")
+    assert code == 0 and sizes == [5, 4, 2, 2, 1]
+    assert "going on with batches of 4" in err and "going on with batches of 2" in err
+    assert len(pd.read_csv("out/images.csv")) == 5
+
+
+def test_not_even_one_image_fits(run, monkeypatch):
+    def no_gpu(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(hs, "ddim_sample", no_gpu)
+    code, _, err = run("hasty_sample", *FAST, "--limit", 1, "--output-dir", "out")
+    assert code == 2 and "one image alone does not fit" in err
+
+
+# ----------------------------------------------------------------------------------------------------------------- grid
+
+
+@pytest.mark.parametrize(("size", "n"), [((64, 64), 1), ((1024, 1024), 40), ((1024, 768), 7)])
+def test_grids_stay_below_25_megapixels(tmp_path, size, n):
+    Image.new("RGB", size, "teal").save(tmp_path / "a.png")
+    grid, shown = hs.make_grid([tmp_path / "a.png"] * n, ["a prompt " * 30] * n, 4)
+    assert shown == n and grid.width * grid.height <= 1.05 * hs.MAX_GRID_PIXELS
+    assert grid.width >= 4 * 192
+
+
+def test_a_grid_with_no_room_for_all_says_how_many_it_shows(tmp_path):
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "a.png")
+    grid, shown = hs.make_grid([tmp_path / "a.png"] * 1632, ["x"] * 1632, 40)
+    assert 300 < shown < 1632 and grid.width * grid.height <= 1.05 * hs.MAX_GRID_PIXELS
+
+
+@pytest.mark.parametrize("text", ["", "\n\t\x00", "word " * 500, "x" * 10_000, "日本 🎨 עברית", "=cmd|' /C calc'!A0"])
+def test_any_caption_can_be_drawn(tmp_path, text):
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "a.png")
+    grid, _ = hs.make_grid([tmp_path / "a.png"], [text], 1)
+    drawn = np.asarray(grid)[200:]
+    # Captions stay inside their cell.
+    assert (drawn[:, :4] == 255).all() and (drawn[:, -4:] == 255).all() and (drawn[-3:] == 255).all()
