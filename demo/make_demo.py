@@ -75,7 +75,7 @@ class Settings:
     """optimizer steps of the text encoders, 64 captions each"""
     vae_steps: int = 2500
     """optimizer steps of the VAE, 16 pictures each"""
-    unet_steps: int = 10000
+    unet_steps: int = 8000
     """optimizer steps of the UNet, 32 pictures each"""
     checkpoint_every: int = 500
     """steps between checkpoints"""

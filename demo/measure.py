@@ -92,7 +92,7 @@ def main() -> None:
         for group, members in groups.items():
             rows.append({"pictures": name, "of": group, "named colours right": rate([all(r.values()) for _, r in members])})
     per_region = {}
-    for x, right in [(x, world.colours_right(p, x)) for x, p in zip(scenes, pictures, strict=True)]:
+    for _, right in [(x, world.colours_right(p, x)) for x, p in zip(scenes, pictures, strict=True)]:
         for region, ok in right.items():
             per_region.setdefault(region, []).append(ok)
     error = np.std(quality, ddof=1) / np.sqrt(len(quality))
