@@ -233,22 +233,42 @@ def load_part(loader, flag: str, name: str, subfolder: str, dtype: torch.dtype):
     the hub, and taken from a folder that holds them. Raises UserError when nothing usable is found.
     """
     path = find_path(name)
-    if path and not (path / subfolder / "config.json").exists():
-        subfolder = ""
-    half_files = path and any((path / subfolder).rglob("*.fp16.safetensors"))
-    variants = [("fp16" if half_files else None)] if path else ["fp16", None] if dtype != torch.float32 else [None]
-    subfolders = [subfolder] if path else [subfolder, ""]
-    attempts = [(v, sub) for sub in dict.fromkeys(subfolders) for v in variants]
-    for i, (variant, sub) in enumerate(attempts):
-        extra = {"subfolder": sub} if sub else {}
+    if path:
+        inner = subfolder if (path / subfolder / "config.json").exists() else ""
+        half_files = any((path / inner).rglob("*.fp16.safetensors"))
+        attempts = [("fp16" if half_files else None, inner)]
+    else:
+        variants = [None] if dtype == torch.float32 else ["fp16", None]
+        attempts = [(variant, inner) for inner in dict.fromkeys([subfolder, ""]) for variant in variants]
+    options = {"torch_dtype": dtype, "use_safetensors": True}
+    for variant, inner in attempts:
+        more = options | ({"subfolder": inner} if inner else {})
         try:
-            return loader(str(path or name), variant=variant, torch_dtype=dtype, use_safetensors=True, **extra)
-        except (OSError, ValueError, KeyError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as e:
-            if i + 1 == len(attempts) or isinstance(e, huggingface_hub.errors.LocalEntryNotFoundError):
-                where = "is damaged" if path else "is no folder here and could not be had from the hub"
-                raise UserError(
-                    f"--{flag} {name}: {where} ({first_line(e)[:200]}); fetch it with download_models.py, or try --demo"
-                ) from e
+            return loader(str(path or name), variant=variant, **more)
+        except Exception as e:
+            error = e
+            if not path and isinstance(root_cause(e), huggingface_hub.errors.LocalEntryNotFoundError):
+                # The hub was out of reach; whether the cache has another layout takes no further waiting.
+                options["local_files_only"] = True
+    reasons = {
+        huggingface_hub.errors.LocalEntryNotFoundError: "no folder, not in the hub's cache, and the hub is out of reach",
+        huggingface_hub.errors.GatedRepoError: "gated: accept its terms on the hub and set HF_TOKEN",
+        huggingface_hub.errors.RepositoryNotFoundError: "neither a folder nor a model on the hub that this user may read",
+    }
+    reason = next((text for kind, text in reasons.items() if isinstance(root_cause(error), kind)), first_line(error)[:200])
+    raise UserError(
+        f"--{flag} {name}: cannot be loaded ({reason}); fetch it with download_models.py, or try --demo"
+    ) from error
+
+
+def root_cause(e: BaseException) -> BaseException:
+    """The first of the hub's own errors among those that led to an exception; the exception itself if there is none."""
+    links = [e]
+    for link in links:
+        if isinstance(link, (huggingface_hub.errors.EntryNotFoundError, huggingface_hub.errors.HfHubHTTPError)):
+            return link
+        links += [x for x in (link.__cause__, link.__context__) if x is not None and x not in links]
+    return e
 
 
 def quiet_libraries() -> None:

@@ -236,7 +236,10 @@ BAD_INPUT = {
     "no such unet": (["--demo", "--dpo-unet", "./nowhere"], ["--dpo-unet", "./nowhere"]),
     "no such vae": (["--demo", "--vae", "a/b/c"], ["--vae", "a/b/c"]),
     "not a model": (["--demo", "--base-model", str(ROOT / "tests")], ["--base-model", "model_index.json"]),
-    "hub unreachable": (["--base-model", "nobody/nothing", "--vae", "", "--dpo-unet", ""], ["--base-model nobody/nothing"]),
+    "hub unreachable": (
+        ["--base-model", "nobody/nothing", "--vae", "", "--dpo-unet", ""],
+        ["--base-model nobody/nothing", "out of reach"],
+    ),
     "no prompts file": (["--demo", "--prompts", "none.txt"], ["--prompts none.txt", "no such file"]),
     "empty prompts": (["--demo", "--prompts", "empty.txt"], ["--prompts empty.txt", "holds no prompt"]),
     "unknown kind": (["--demo", "--prompts", "prompts.docx"], ["--prompts prompts.docx", ".parquet"]),
@@ -284,7 +287,7 @@ def test_a_damaged_model_file_is_named(run):
     weights = Path("model/unet/diffusion_pytorch_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     code, _, err = run("hasty_sample", "--demo", "--dpo-unet", "model/unet")
-    assert code == 2 and len(err.strip().splitlines()) == 1 and "--dpo-unet model/unet: is damaged" in err
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "--dpo-unet model/unet: cannot be loaded" in err
 
 
 def test_as_a_process_bad_input_gives_no_traceback(tmp_path):
@@ -295,16 +298,16 @@ def test_as_a_process_bad_input_gives_no_traceback(tmp_path):
 
 def test_the_script_works_alone_and_away_from_its_repository(tmp_path):
     """Copied by itself to another folder, with the model's path given."""
-    shutil.copy(SCRIPT, tmp_path / "copy.py")
+    shutil.copy(SCRIPT, tmp_path / "alone.py")
     (tmp_path / "p.txt").write_text("a red sun")
     flags = ["--base-model", DEMO, "--dpo-unet", "", "--vae", "", "--prompts", "p.txt", "--num-inference-steps", "2"]
     done = subprocess.run(
-        [sys.executable, "copy.py", *map(str, flags)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "alone.py", *map(str, flags)], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "generated_images/hasty_sample/grid.png").exists()
-    done = subprocess.run([sys.executable, "copy.py", "--demo"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "assets/demo/sdxl beside copy.py" in done.stderr
+    done = subprocess.run([sys.executable, "alone.py", "--demo"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "assets/demo/sdxl beside alone.py" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------- faults
