@@ -15,6 +15,7 @@ stopped goes on when the same command is given again.
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -63,6 +65,8 @@ class Settings:
     """where images, grid and table go"""
     overwrite: bool = False
     """replace images in the output folder that were made with other settings"""
+    font: str = ""
+    """a .ttf or .otf file for the prompts in the grid; empty: DejaVu Sans, which has no Chinese, Japanese or emoji"""
 
     num_inference_steps: int = 30
     """DDIM steps, 1 to 1000"""
@@ -112,14 +116,21 @@ class UserError(Exception):
     """Something that the user can put right; ends the script with one line and exit code 2."""
 
 
+class ImageError(UserError):
+    """The same, found by one process of several."""
+
+
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
 def find_path(name: str) -> Path | None:
     """A file or folder given relative to the current folder or to this script's; None where neither exists."""
-    for path in (Path(name).expanduser(), Path(__file__).resolve().parent / name):
-        if name and path.exists():
-            return path
+    try:
+        for path in (Path(name).expanduser(), Path(__file__).resolve().parent / name):
+            if name and path.exists():
+                return path
+    except (OSError, RuntimeError):
+        pass
     return None
 
 
@@ -147,8 +158,9 @@ def check_settings(s: Settings) -> None:
     for flag, value in (("limit", s.limit), ("images-per-prompt", s.images_per_prompt), ("batch-size", s.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: use 1 or more")
-    if not 0 <= s.seed < 2**63:
-        raise UserError(f"--seed {s.seed}: use 0 to 2**63 - 1")
+    if not 0 <= s.seed < 2**62:
+        raise UserError(f"--seed {s.seed}: use 0 to 2**62 - 1")
+    caption_font(192, s.font)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", s.device):
         raise UserError(f"--device {s.device!r}: use auto, cuda, cuda:1, mps or cpu")
     if s.device.startswith("cuda") and not torch.cuda.is_available():
@@ -169,7 +181,7 @@ def check_model_path(flag: str, name: str, index_file: str) -> None:
     if path:
         if not any((path / sub / index_file).exists() for sub in ("", "unet", "vae")):
             raise UserError(f"--{flag} {name}: no {index_file} in it, so this is not a model folder of diffusers")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and (name or flag == "base-model"):
+    elif (name or flag == "base-model") and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(
             f"--{flag} {name!r}: no such folder; give a folder, fetch the models with download_models.py, or try --demo"
         )
@@ -229,16 +241,16 @@ def first_line(e: BaseException) -> str:
 def load_part(loader, flag: str, name: str, subfolder: str, dtype: torch.dtype):
     """One model of a diffusers pipeline from a folder or the hub, from its subfolder where there is one.
 
-    loader: a from_pretrained of diffusers. Files in half precision (variant fp16) are preferred for half precision from
-    the hub, and taken from a folder that holds them. Raises UserError when nothing usable is found.
+    loader: a from_pretrained or load_config of diffusers. Of files in full and half precision (variant fp16) those that
+    fit dtype are preferred. Raises UserError when nothing usable is found.
     """
     path = find_path(name)
+    variants = [None, "fp16"] if dtype == torch.float32 else ["fp16", None]
     if path:
         inner = subfolder if (path / subfolder / "config.json").exists() else ""
         half_files = any((path / inner).rglob("*.fp16.safetensors"))
-        attempts = [("fp16" if half_files else None, inner)]
+        attempts = [(variant, inner) for variant in (variants if half_files else [None])]
     else:
-        variants = [None] if dtype == torch.float32 else ["fp16", None]
         attempts = [(variant, inner) for inner in dict.fromkeys([subfolder, ""]) for variant in variants]
     options = {"torch_dtype": dtype, "use_safetensors": True}
     for variant, inner in attempts:
@@ -246,8 +258,10 @@ def load_part(loader, flag: str, name: str, subfolder: str, dtype: torch.dtype):
         try:
             return loader(str(path or name), variant=variant, **more)
         except Exception as e:
-            error = e
-            if not path and isinstance(root_cause(e), huggingface_hub.errors.LocalEntryNotFoundError):
+            error, cause = e, root_cause(e)
+            if not isinstance(cause, huggingface_hub.errors.EntryNotFoundError) and cause is not e:
+                break
+            if not path and isinstance(cause, huggingface_hub.errors.LocalEntryNotFoundError):
                 # The hub was out of reach; whether the cache has another layout takes no further waiting.
                 options["local_files_only"] = True
     reasons = {
@@ -272,9 +286,10 @@ def root_cause(e: BaseException) -> BaseException:
 
 
 def quiet_libraries() -> None:
-    """No loading bars and no advice between our own lines; errors still come through."""
+    """No loading bars and no advice between our own lines, and no report of a variant that is tried and not there."""
+    diffusers.utils.logging.set_verbosity(diffusers.logging.CRITICAL)
+    transformers.utils.logging.set_verbosity_error()
     for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
 
@@ -298,23 +313,43 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     if pipe.scheduler.config.prediction_type != "epsilon":
         raise UserError(f"--base-model {s.base_model}: predicts {pipe.scheduler.config.prediction_type}, not the noise")
+    if not pipe.text_encoder or not pipe.text_encoder_2:
+        raise UserError(f"--base-model {s.base_model}: lacks one of SDXL's two text encoders; use an SDXL base model")
     wanted = pipe.text_encoder.config.hidden_size + pipe.text_encoder_2.config.hidden_size
     if pipe.unet.config.cross_attention_dim != wanted:
         raise UserError(
             f"--dpo-unet {s.dpo_unet}: made for text embeddings of {pipe.unet.config.cross_attention_dim} numbers, "
             f"but --base-model {s.base_model} gives {wanted}; take both from the same model family"
         )
-    pipe.to(device)
+    try:
+        pipe.to(device)
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            f"--device {device}: its free memory does not hold the models; free some, or use --dtype fp16"
+        ) from e
     if dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)
     return pipe
 
 
-def image_size(s: Settings, pipe: StableDiffusionXLPipeline) -> tuple[int, int]:
-    """Height and width in pixels; UserError unless both are multiples of the VAE's factor."""
-    factor = pipe.vae_scale_factor
-    default = pipe.unet.config.sample_size * factor
-    height, width = s.height or default, s.width or default
+def load_config(cls, flag: str, name: str, s: Settings, subfolder: str) -> dict:
+    """The configuration of one model, from the base model where name is empty; UserError if it is of another class."""
+    flag, name = (flag, name) if name else ("base-model", s.base_model)
+    config = load_part(cls.load_config, flag, name, subfolder, torch.float32)
+    if config.get("_class_name") != cls.__name__:
+        raise UserError(f"--{flag} {name}: holds {config.get('_class_name')}, not the {cls.__name__} that is needed here")
+    return config
+
+
+def image_size(s: Settings) -> tuple[int, int]:
+    """Height and width in pixels, from the models' configurations alone; UserError unless both fit the VAE's factor."""
+    load_part(StableDiffusionXLPipeline.load_config, "base-model", s.base_model, "", torch.float32)
+    vae = load_config(AutoencoderKL, "vae", s.vae, s, "vae")
+    unet = load_config(UNet2DConditionModel, "dpo-unet", s.dpo_unet, s, "unet")
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    default = unet["sample_size"] * factor
+    height = default if s.height is None else s.height
+    width = default if s.width is None else s.width
     for flag, value in (("height", height), ("width", width)):
         if value < factor or value % factor:
             near = max(factor, round(value / factor) * factor)
@@ -330,7 +365,8 @@ def warn_of_long_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str]) ->
         room = tokenizer.model_max_length - 2
         if len(ids) > room:
             cut = tokenizer.decode(ids[room:]).strip()
-            print(f"warning: {len(ids) + 2} tokens, {room + 2} are read; cut off: {cut!r}", file=sys.stderr)
+            start = prompt if len(prompt) <= 40 else prompt[:40] + "..."
+            print(f"warning: {start!r} has {len(ids) + 2} tokens, {room + 2} are read; cut off: {cut!r}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -380,7 +416,7 @@ def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...], device
     """Normal noise, float32 (B, *shape), image by image from its own CPU generator, so that it is the same on every
     device and in every batch; copied without waiting."""
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-    return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=True)
+    return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=device.type == "cuda")
 
 
 @torch.no_grad()
@@ -488,22 +524,43 @@ def save_png(path: Path, image: Image.Image, record: dict) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", infotext(record))
     info.add_text("dipo", json.dumps(record))
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     image.save(part, format="PNG", pnginfo=info)
     os.replace(part, path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is there and ends as a PNG does."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(-12, os.SEEK_END)
+            return f.read() == b"\x00\x00\x00\x00IEND\xaeB`\x82"
+    except OSError:
+        return False
 
 
 def read_record(path: Path) -> dict | None:
     """The settings inside a finished PNG of ours; None for a file that is missing, cut short or of other origin."""
     try:
-        with open(path, "rb") as f:
-            f.seek(-12, os.SEEK_END)
-            if f.read() != b"\x00\x00\x00\x00IEND\xaeB`\x82":
-                return None
         with Image.open(path) as image:
-            return json.loads(image.info["dipo"])
+            return json.loads(image.info["dipo"]) if is_whole(path) else None
     except (OSError, KeyError, ValueError, SyntaxError):
         return None
+
+
+def fingerprint(*names: str) -> str:
+    """A short hash that changes with the weights in model folders: names, sizes and last 64 KiB of their safetensors.
+    What is on the hub counts by its name alone."""
+    digest = hashlib.sha256()
+    for name in filter(None, names):
+        path = find_path(name)
+        digest.update(b"" if path else name.encode())
+        for file in sorted(path.rglob("*.safetensors")) if path else []:
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
+            with open(file, "rb") as f:
+                f.seek(max(0, file.stat().st_size - 65536))
+                digest.update(f.read())
+    return digest.hexdigest()[:12]
 
 
 def difference(record: dict, wanted: dict) -> str | None:
@@ -514,7 +571,7 @@ def difference(record: dict, wanted: dict) -> str | None:
     return None
 
 
-def make_grid(paths: list[Path], captions: list[str], columns: int) -> tuple[Image.Image, int]:
+def make_grid(paths: list[Path], captions: list[str], columns: int, font: str = "") -> tuple[Image.Image, int]:
     """A grid of images with a caption under each, at most MAX_GRID_PIXELS, and how many images found room in it.
 
     Small images are enlarged to 192 pixels at least; large ones are scaled down, to no less than that, to fit.
@@ -525,7 +582,7 @@ def make_grid(paths: list[Path], captions: list[str], columns: int) -> tuple[Ima
     rows = math.ceil(len(paths) / columns)
 
     def cell_height(cell: int) -> int:
-        return round(cell * height / width) + caption_height(cell)
+        return round(cell * height / width) + round(caption_font(cell, font).size * 5)
 
     if columns * cell * rows * cell_height(cell) > MAX_GRID_PIXELS:
         cell = max(192, int(cell * math.sqrt(MAX_GRID_PIXELS / (columns * cell * rows * cell_height(cell)))))
@@ -539,22 +596,24 @@ def make_grid(paths: list[Path], captions: list[str], columns: int) -> tuple[Ima
         with Image.open(paths[i]) as image:
             picture = image.convert("RGB").resize((cell, round(cell * height / width)), Image.Resampling.LANCZOS)
         grid.paste(picture, (x, y))
-        draw_caption(grid, captions[i], x, y + picture.height, cell)
+        draw_caption(grid, captions[i], x, y + picture.height, cell, caption_font(cell, font))
     return grid, shown
 
 
-def caption_height(cell: int) -> int:
-    return round(caption_font(cell).size * 1.25 * 4)
+def caption_font(cell: int, name: str) -> ImageFont.FreeTypeFont:
+    """The named font, or DejaVu Sans, which comes with matplotlib, in a size that suits the cell's width."""
+    if name and not find_path(name):
+        raise UserError(f"--font {name}: no such file; give a .ttf or .otf file")
+    path = find_path(name) or Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    try:
+        return ImageFont.truetype(str(path), max(12, cell // 20))
+    except OSError as e:
+        raise UserError(f"--font {name}: cannot be read as a font; give a .ttf or .otf file") from e
 
 
-def caption_font(cell: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), max(12, cell // 20))
-
-
-def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int) -> None:
+def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int, font: ImageFont.FreeTypeFont) -> None:
     """Write text in up to three lines of the cell's width, centred, cut with an ellipsis."""
-    font, lines = caption_font(cell), [""]
+    lines = [""]
     for word in "".join(c if c.isprintable() else " " for c in text[:600]).split():
         for piece in [word[k : k + 20] for k in range(0, len(word), 20)]:
             joined = f"{lines[-1]} {piece}".strip()
@@ -581,11 +640,12 @@ def make_images(s: Settings) -> None:
         s = with_demo(s)
     check_settings(s)
     prompts = read_prompts(s.prompts, s.parti, s.limit)
-    state = PartialState(cpu=s.device == "cpu")
+    # A process that is done early waits for the others longer than the ten minutes that NCCL would allow.
+    state = PartialState(cpu=s.device == "cpu", timeout=timedelta(days=7))
     device = torch.device(s.device) if ":" in s.device else state.device
     dtype_name = s.dtype if s.dtype != "auto" else "fp32" if device.type == "cpu" else "fp16"
     try:
-        out = Path(s.output_dir)
+        out = Path(s.output_dir).expanduser()
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()
         (out / ".writable").unlink(missing_ok=True)
@@ -593,17 +653,11 @@ def make_images(s: Settings) -> None:
         raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({e.strerror}); give another") from e
 
     quiet_libraries()
-    pipe = load_pipeline(s, device, DTYPES[dtype_name])
-    height, width = image_size(s, pipe)
-    timesteps = ddim_timesteps(
-        s.num_inference_steps,
-        s.timestep_spacing,
-        pipe.scheduler.config.num_train_timesteps,
-        pipe.scheduler.config.steps_offset,
-    )
+    height, width = image_size(s)
     kept = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "timestep_spacing")
     kept += ("base_model", "dpo_unet", "vae")
     common = {k: v for k, v in asdict(s).items() if k in kept} | {"height": height, "width": width, "dtype": dtype_name}
+    common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
     wanted = {
         out / f"{i:05d}.png": {"prompt": prompts[i // s.images_per_prompt], "seed": s.seed + i} | common
@@ -611,7 +665,11 @@ def make_images(s: Settings) -> None:
     }
 
     finished = {p: r for p in sorted(out.glob("[0-9]" * 5 + "*.png")) if (r := read_record(p))}
-    differing = {p: d for p, r in finished.items() if (d := difference(r, wanted.get(p, common)))}
+    if foreign := [p for p in wanted if p not in finished and is_whole(p)]:
+        raise UserError(f"{foreign[0]} was not made by this script and would be lost; choose another --output-dir")
+    differing = {
+        p: d for p, r in finished.items() if (d := difference(r, wanted.get(p, common | {"seed": s.seed + int(p.stem)})))
+    }
     if differing and not s.overwrite:
         path, what = next(iter(differing.items()))
         raise UserError(f"{path} was made with {what}; choose another --output-dir, or --overwrite to replace it")
@@ -621,15 +679,26 @@ def make_images(s: Settings) -> None:
     if state.is_main_process:
         for path in differing:
             path.unlink()
-        warn_of_long_prompts(pipe, [*prompts, s.negative_prompt])
-        if timesteps[0] < 900:
-            print(f"note: {s.num_inference_steps} {s.timestep_spacing} steps start at t = {timesteps[0]} of 999")
+        for path in out.glob(".*.part"):
+            path.unlink()
         if len(todo) < len(wanted):
             print(f"{len(wanted) - len(todo)} of {len(wanted)} images are in {out} already")
     state.wait_for_everyone()
 
-    with state.split_between_processes(todo) as share:
-        seconds = sample_all(s, pipe, share, wanted, timesteps, height, width, versions)
+    seconds = []
+    if todo:
+        pipe = load_pipeline(s, device, DTYPES[dtype_name])
+        config = pipe.scheduler.config
+        timesteps = ddim_timesteps(
+            s.num_inference_steps, s.timestep_spacing, config.num_train_timesteps, config.steps_offset
+        )
+        if state.is_main_process:
+            warn_of_long_prompts(pipe, [*prompts, s.negative_prompt])
+            if timesteps[0] < 900:
+                few = f"{s.num_inference_steps} {s.timestep_spacing} steps start at t = {timesteps[0]}"
+                print(f"warning: {few}, not near 999; use --timestep-spacing trailing for so few", file=sys.stderr)
+        with state.split_between_processes(todo) as share:
+            seconds = sample_all(s, pipe, share, wanted, timesteps, height, width, versions)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(s, out, list(wanted), seconds)
@@ -638,7 +707,7 @@ def make_images(s: Settings) -> None:
 def sample_all(s, pipe, share, wanted, timesteps, height, width, versions) -> list[float]:
     """Make the images of this process, batch by batch, halving the batch when the memory runs out. Returns the seconds
     per image of each batch."""
-    left, seconds, batch_size = list(share), [], s.batch_size
+    left, seconds, batch_size = list(share), [], min(s.batch_size, max(1, len(share)))
     guided, device = s.guidance_scale > 1, pipe.unet.device
     bar = tqdm(total=len(left) * len(timesteps), unit="step", disable=not PartialState().is_local_main_process)
 
@@ -676,7 +745,7 @@ def sample_all(s, pipe, share, wanted, timesteps, height, width, versions) -> li
             measured = {"seconds_per_image": round(each, 4), "batch_size": len(paths), "device": device_name(device)}
             for path, image, record in zip(paths, images, records, strict=True):
                 if not torch.isfinite(image).all():
-                    raise UserError(
+                    raise ImageError(
                         f"the image of prompt {record['prompt']!r} with seed {record['seed']} came out with NaN; "
                         f"try --dtype bf16 or fp32, and with fp16 a VAE that can stand it ({Settings.vae})"
                     )
@@ -706,7 +775,7 @@ def finish(s: Settings, out: Path, paths: list[Path], seconds: list[float]) -> N
     pd.DataFrame(records).to_csv(out / ".images.csv.part", index=False)
     os.replace(out / ".images.csv.part", out / "images.csv")
     columns = s.images_per_prompt if 1 < s.images_per_prompt <= 8 else min(len(paths), max(4, math.isqrt(len(paths))))
-    grid, shown = make_grid(paths, [r["prompt"] for r in records], columns)
+    grid, shown = make_grid(paths, [r["prompt"] for r in records], columns, s.font)
     grid.save(out / ".grid.png.part", format="PNG")
     os.replace(out / ".grid.png.part", out / "grid.png")
     speed = f"{np.median(seconds):.2f} s per image (median over batches), " if seconds else ""
@@ -719,7 +788,8 @@ def main() -> None:
     try:
         make_images(s)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        if isinstance(e, ImageError) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"stopped; finished images are in {s.output_dir}, the same command goes on", file=sys.stderr)

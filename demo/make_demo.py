@@ -8,9 +8,9 @@ Stages, in order:
     pictures  draw the training pictures (build/pictures.npy) and their captions
     text      train both CLIP text encoders to know which colour belongs to which part of the caption
     vae       train the AutoencoderKL (64x64x3 to 16x16x4)
+    details   train it further with a loss that counts edges more
     latents   encode all pictures and captions once
     unet      train the UNet2DConditionModel on noise prediction, with SDXL's betas and 10 % dropped captions
-    decoder   train the VAE's decoder further on the finished latents, for sharper pictures
     export    write assets/demo/sdxl (fp16 safetensors) for StableDiffusionXLPipeline.from_pretrained
     measure   run demo/measure.py, which writes the figures in assets/demo/README.md
 
@@ -33,11 +33,12 @@ import tyro
 import world
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-STAGES = ("pictures", "text", "vae", "latents", "unet", "decoder", "export", "measure")
+STAGES = ("pictures", "text", "vae", "details", "latents", "unet", "export", "measure")
 HIDDEN_SIZES = (96, 160)
 PROJECTION_DIM = 160
 TIME_EMBED_DIM = 32
@@ -77,9 +78,9 @@ class Settings:
     """optimizer steps of the text encoders, 64 captions each"""
     vae_steps: int = 2500
     """optimizer steps of the VAE, 16 pictures each"""
-    decoder_steps: int = 1500
-    """optimizer steps of the VAE's decoder, 16 pictures each"""
-    unet_steps: int = 8000
+    details_steps: int = 1300
+    """further optimizer steps of the VAE, 16 pictures each"""
+    unet_steps: int = 6000
     """optimizer steps of the UNet, 32 pictures each"""
     checkpoint_every: int = 500
     """steps between checkpoints"""
@@ -158,14 +159,15 @@ def draw_range(seed: int, start: int, stop: int) -> tuple[np.ndarray, list[tuple
 
 
 def make_pictures(s: Settings, build: Path) -> None:
-    if (build / "pictures.npy").exists() and (build / "labels.npy").exists():
+    if (build / "pictures.npy").exists():
         return
     starts = range(0, s.pictures, 500)
     with ProcessPoolExecutor() as pool:
         stops = [min(a + 500, s.pictures) for a in starts]
         parts = list(tqdm(pool.map(draw_range, [s.seed] * len(stops), starts, stops), total=len(stops), desc="pictures"))
-    np.save(build / "pictures.npy", np.concatenate([p for p, _ in parts]))
     np.save(build / "labels.npy", np.array([label for _, labels in parts for label in labels]))
+    np.save(build / "part.npy", np.concatenate([p for p, _ in parts]))
+    (build / "part.npy").replace(build / "pictures.npy")
 
 
 class Wording:
@@ -319,7 +321,7 @@ def train_text(s: Settings, build: Path) -> None:
 
 
 def make_vae(build: Path, trained: str | None = "vae") -> AutoencoderKL:
-    """The VAE as it is after a stage ("vae" or "decoder"), or untrained."""
+    """The VAE as it is after a stage ("vae" or "details"), or untrained."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -361,12 +363,10 @@ def train_vae(s: Settings, build: Path) -> None:
     train("vae", build, vae.parameters(), {"vae": vae}, step, s.vae_steps, 2e-3, s.checkpoint_every)
 
 
-def train_decoder(s: Settings, build: Path) -> None:
-    """The decoder alone, with the encoder as it is: the UNet's latents stay valid. Errors near edges count more, which
-    is where the eyes of a portrait are lost."""
+def train_details(s: Settings, build: Path) -> None:
+    """The same VAE further, with errors near edges counted more: without this the eyes of a portrait are lost."""
     pictures = np.load(build / "pictures.npy", mmap_mode="r")
-    vae = make_vae(build)
-    trained = torch.nn.ModuleList([vae.decoder, vae.post_quant_conv]).requires_grad_(True)
+    vae = make_vae(build).train().requires_grad_(True)
 
     def step(i):
         rng = rng_of(s.seed, 5, i)
@@ -374,15 +374,15 @@ def train_decoder(s: Settings, build: Path) -> None:
         if rng.random() < 0.5:
             x = x.flip(-1)
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                z = vae.encode(x).latent_dist.mean
+            posterior = vae.encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=torch_rng_of(s.seed, 6, i))
             out = vae.decode(z).sample
         error = out.float() - x
         edges = (x - F.avg_pool2d(x, 5, stride=1, padding=2, count_include_pad=False)).abs().mean(dim=1, keepdim=True)
-        weight = 1 + 8 * edges
-        return (weight * (error.square() + 0.1 * error.abs())).mean()
+        weighted = (1 + 8 * edges) * (error.square() + 0.1 * error.abs())
+        return weighted.mean() + 1e-7 * posterior.kl().mean()
 
-    train("decoder", build, trained.parameters(), {"vae": vae}, step, s.decoder_steps, 1e-3, s.checkpoint_every)
+    train("details", build, vae.parameters(), {"vae": vae}, step, s.details_steps, 1e-3, s.checkpoint_every)
 
 
 # -------------------------------------------------------------------------------------------------------- latents, UNet
@@ -392,9 +392,11 @@ def train_decoder(s: Settings, build: Path) -> None:
 def make_latents(s: Settings, build: Path) -> None:
     """latents.pt: the posterior means of all pictures, scaled to unit variance, and the scale; and SDXL's embeddings of
     every wording of every training scene."""
-    if (build / "latents.pt").exists():
+    path = build / "latents.pt"
+    sources = ("pictures.npy", "text.pt", "details.pt")
+    if path.exists() and path.stat().st_mtime > max((build / name).stat().st_mtime for name in sources):
         return
-    vae = make_vae(build)
+    vae = make_vae(build, "details")
     pictures = np.load(build / "pictures.npy", mmap_mode="r")
     latents = []
     for i in tqdm(range(0, len(pictures), 50), desc="latents"):
@@ -414,8 +416,8 @@ def make_latents(s: Settings, build: Path) -> None:
         "states": torch.stack(states),
         "pooled": torch.stack(pooled),
     }
-    torch.save(saved, build / "latents.part")
-    (build / "latents.part").replace(build / "latents.pt")
+    torch.save(saved, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -472,7 +474,7 @@ def train_unet(s: Settings, build: Path) -> None:
 
 def export(s: Settings, build: Path) -> None:
     tokenizers, encoders = load_text(build)
-    vae, unet = make_vae(build, "decoder"), make_unet()
+    vae, unet = make_vae(build, "details"), make_unet()
     ema = EMAModel(unet.parameters())
     ema.load_state_dict(torch.load(build / "unet.pt", weights_only=True)["ema"])
     ema.copy_to(unet.parameters())
@@ -489,6 +491,10 @@ def export(s: Settings, build: Path) -> None:
         add_watermarker=False,
     )
     pipe.save_pretrained(s.output_dir)
+    # The first text encoder's weights under the names that SDXL's own file has and every version of transformers reads.
+    path = Path(s.output_dir) / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
     # The files of CLIP's own tokenizers, which every version of transformers reads.
     for tokenizer, name in zip(tokenizers, ("tokenizer", "tokenizer_2"), strict=True):
         folder = Path(s.output_dir) / name
@@ -508,7 +514,8 @@ def export(s: Settings, build: Path) -> None:
 
 
 def measure(s: Settings, build: Path) -> None:
-    subprocess.run([sys.executable, str(Path(__file__).with_name("measure.py")), "--model", s.output_dir], check=True)
+    model = [] if s.output_dir == Settings().output_dir else ["--model", s.output_dir]
+    subprocess.run([sys.executable, str(Path(__file__).with_name("measure.py")), *model], check=True)
 
 
 def main() -> None:
@@ -518,7 +525,12 @@ def main() -> None:
         sys.exit(f"error: no stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
     build = Path(s.build_dir)
     build.mkdir(parents=True, exist_ok=True)
-    functions = (make_pictures, train_text, train_vae, make_latents, train_unet, train_decoder, export, measure)
+    made_with = {"seed": s.seed, "pictures": s.pictures}
+    note = build / "made_with.json"
+    if note.exists() and json.loads(note.read_text()) != made_with:
+        sys.exit(f"error: {build} was begun with {note.read_text()}; give another --build-dir, or delete it")
+    note.write_text(json.dumps(made_with))
+    functions = (make_pictures, train_text, train_vae, train_details, make_latents, train_unet, export, measure)
     for name, function in zip(STAGES, functions, strict=True):
         if name in s.stages:
             function(s, build)

@@ -8,7 +8,7 @@ Three categories, the ones that Semantic_Categories.py compares:
 
 A `Scene` holds what a caption names (category, colours, shape). `draw` adds everything that it does not name (pose,
 hair style, hill lines, rotation ...) from a random generator, so many pictures belong to one caption. The eight colour
-names are those of COLOURS; scenes never put one colour beside itself. One scene in ten is held out from training, by a
+names are those of COLOURS; nothing has the colour of what is behind it. One scene in ten is held out from training, by a
 hash of the scene (`is_held_out`).
 
 Run it to look at it:  python demo/world.py sheet.png
