@@ -14,8 +14,10 @@ so on (each with its settings inside, readable by AUTOMATIC1111's web UI), grid.
 stopped goes on when the same command is given again.
 """
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -677,8 +679,6 @@ def make_images(s: Settings) -> None:
     # Every process has to have looked before the first one writes.
     state.wait_for_everyone()
     if state.is_main_process:
-        for path in differing:
-            path.unlink()
         for path in out.glob(".*.part"):
             path.unlink()
         if len(todo) < len(wanted):
@@ -701,7 +701,10 @@ def make_images(s: Settings) -> None:
             seconds = sample_all(s, pipe, share, wanted, timesteps, height, width, versions)
     state.wait_for_everyone()
     if state.is_main_process:
+        for path in differing.keys() - wanted.keys():
+            path.unlink()
         finish(s, out, list(wanted), seconds)
+    state.destroy_process_group()
 
 
 def sample_all(s, pipe, share, wanted, timesteps, height, width, versions) -> list[float]:
@@ -783,8 +786,21 @@ def finish(s: Settings, out: Path, paths: list[Path], seconds: list[float]) -> N
     print(f"{len(paths)} images, {speed}{out / 'images.csv'}, {out / 'grid.png'}{note}")
 
 
+def parse_settings(cls, description: str):
+    """The settings dataclass from the command line by tyro; what it says of a bad flag, in a box of several lines, becomes
+    one line. Exit code 2 then."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, description=description)
+    except SystemExit:
+        if said.getvalue():
+            print("error:", " ".join(re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split()), file=sys.stderr)
+        raise
+
+
 def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
+    s = parse_settings(Settings, __doc__)
     try:
         make_images(s)
     except UserError as e:

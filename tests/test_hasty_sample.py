@@ -306,6 +306,9 @@ BAD_INPUT = {
         ["--dpo-unet", "holds AutoencoderKL, not the UNet2DConditionModel"],
     ),
     "mistyped folder": (["--base-model", "models/sdxl"], ["--base-model models/sdxl: cannot be loaded"]),
+    "no parti": (["--demo", "--prompts", "parti"], ["--prompts parti: could not load nateraw/parti-prompts"]),
+    "steps no number": (["--demo", "--num-inference-steps", "ten"], ["--num-inference-steps", "'ten'"]),
+    "unknown flag": (["--demo", "--step", "3"], ["--step", "--help"]),
     "font": (["--demo", "--font", "empty.txt"], ["--font empty.txt"]),
     "long prompt as a file": (["--demo", "--prompts", "a red sun " * 40], ["no such file"]),
 }
