@@ -1,6 +1,6 @@
 """Make the demo model in assets/demo/sdxl: Stable Diffusion XL in miniature, trained from nothing on demo/world.py.
 
-    python demo/make_demo.py                      # every stage, about two hours on 2 CPU cores
+    python demo/make_demo.py                      # every stage, about 80 minutes on 2 CPU cores
     python demo/make_demo.py --stages vae unet    # some of them
     python demo/make_demo.py --unet-steps 20000   # longer; a stage that was stopped goes on from its last checkpoint
 

@@ -360,6 +360,45 @@ def test_the_script_works_alone_and_away_from_its_repository(tmp_path):
     assert done.returncode == 2 and "assets/demo/sdxl beside alone.py" in done.stderr
 
 
+def test_the_default_hub_names_load_from_the_hubs_cache(tmp_path):
+    """All defaults, with the demo's weights put into a hub cache under the real models' names and in their layouts: the
+    base in the fp16 variant only and without UNet and VAE, the DPO UNet in a subfolder, the VAE at the top."""
+
+    def snapshot(name):
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        return repository / "snapshots" / ("0" * 40)
+
+    defaults = hs.Settings()
+    base = snapshot(defaults.base_model)
+    shutil.copytree(DEMO, base, ignore=shutil.ignore_patterns("unet", "vae"))
+    for weights in list(base.rglob("*.safetensors")):
+        weights.rename(weights.with_name(f"{weights.stem}.fp16.safetensors"))
+    shutil.copytree(DEMO / "unet", snapshot(defaults.dpo_unet) / "unet")
+    shutil.copytree(DEMO / "vae", snapshot(defaults.vae))
+    (tmp_path / "p.txt").write_text("a landscape with red hills under a white sky and a yellow sun")
+    flags = ("--prompts", "p.txt", "--num-inference-steps", 4, "--output-dir")
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command(*flags, "hub-out"), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rror" not in done.stderr
+    done = subprocess.run(command("--demo", *flags, "demo-out"), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (pixels(tmp_path / "hub-out/00000.png") == pixels(tmp_path / "demo-out/00000.png")).all()
+
+
+def test_bf16_runs_the_same_picture(run):
+    flags = ("--demo", "--num-inference-steps", 10, "--limit", 2, "--output-dir")
+    assert run("hasty_sample", *flags, "full")[0] == 0
+    assert run("hasty_sample", *flags, "half", "--dtype", "bf16")[0] == 0
+    assert set(pd.read_csv("half/images.csv")["dtype"]) == {"bf16"}
+    for name in ("00000.png", "00001.png"):
+        assert 0 < np.abs(pixels(f"full/{name}") - pixels(f"half/{name}")).mean() < 15
+
+
 # --------------------------------------------------------------------------------------------------------------- faults
 
 
