@@ -343,21 +343,27 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def through_vae(s: Settings, vae: AutoencoderKL, pictures: np.ndarray, stage: int, i: int):
+    """16 training pictures x, half of the batches mirrored, their reconstruction from sampled latents, both
+    (16, 3, 64, 64) float32, and the posterior."""
+    rng = rng_of(s.seed, stage, i)
+    x = to_tensor(pictures[np.sort(rng.choice(len(pictures), 16, replace=False))])
+    if rng.random() < 0.5:
+        x = x.flip(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=torch_rng_of(s.seed, stage + 1, i))
+        out = vae.decode(posterior.mean + posterior.std * noise).sample
+    return x, out.float(), posterior
+
+
 def train_vae(s: Settings, build: Path) -> None:
     pictures = np.load(build / "pictures.npy", mmap_mode="r")
     torch.manual_seed(s.seed)
     vae = make_vae(build, trained=None)
 
     def step(i):
-        rng = rng_of(s.seed, 2, i)
-        x = to_tensor(pictures[np.sort(rng.choice(len(pictures), 16, replace=False))])
-        if rng.random() < 0.5:
-            x = x.flip(-1)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=torch_rng_of(s.seed, 3, i))
-            out = vae.decode(z).sample
-        out = out.float()
+        x, out, posterior = through_vae(s, vae, pictures, 2, i)
         return F.mse_loss(out, x) + 0.1 * F.l1_loss(out, x) + 1e-6 * posterior.kl().mean()
 
     train("vae", build, vae.parameters(), {"vae": vae}, step, s.vae_steps, 2e-3, s.checkpoint_every)
@@ -369,15 +375,8 @@ def train_details(s: Settings, build: Path) -> None:
     vae = make_vae(build).train().requires_grad_(True)
 
     def step(i):
-        rng = rng_of(s.seed, 5, i)
-        x = to_tensor(pictures[np.sort(rng.choice(len(pictures), 16, replace=False))])
-        if rng.random() < 0.5:
-            x = x.flip(-1)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=torch_rng_of(s.seed, 6, i))
-            out = vae.decode(z).sample
-        error = out.float() - x
+        x, out, posterior = through_vae(s, vae, pictures, 5, i)
+        error = out - x
         edges = (x - F.avg_pool2d(x, 5, stride=1, padding=2, count_include_pad=False)).abs().mean(dim=1, keepdim=True)
         weighted = (1 + 8 * edges) * (error.square() + 0.1 * error.abs())
         return weighted.mean() + 1e-7 * posterior.kl().mean()
