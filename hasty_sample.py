@@ -15,6 +15,7 @@ stopped goes on when the same command is given again.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -806,6 +807,11 @@ def main() -> None:
     except UserError as e:
         if isinstance(e, ImageError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {s.output_dir}: {e.strerror}; finished images are kept, make room and run it again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"stopped; finished images are in {s.output_dir}, the same command goes on", file=sys.stderr)

@@ -1,5 +1,6 @@
 """hasty_sample.py as its users run it: files, restarts, processes, and what it says of bad input."""
 
+import errno
 import os
 import re
 import shutil
@@ -415,6 +416,26 @@ def test_nan_is_an_error_that_names_prompt_and_seed(run, monkeypatch):
     prompt = (ROOT / hs.DEMO_PROMPTS).read_text().splitlines()[1]
     assert code == 2 and "NaN" in err and prompt in err and "seed 41" in err
     assert not Path("out/00001.png").exists() and Path("out/00000.png").exists()
+
+
+def test_a_full_disk_is_said_and_loses_nothing(run, monkeypatch):
+    save, calls = Image.Image.save, []
+
+    def full(self, file, *arguments, **more):
+        calls.append(file)
+        if len(calls) == 2:
+            Path(file).write_bytes(b"half a picture")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, file, *arguments, **more)
+
+    flags = (*FAST, "--limit", 3, "--output-dir", "out")
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, _, err = run("hasty_sample", *flags)
+    assert code == 2 and "out: No space left on device" in err and "Traceback" not in err
+    assert sorted(p.name for p in Path("out").glob("*.png")) == ["00000.png"]
+    monkeypatch.undo()
+    code, out, _ = run("hasty_sample", *flags)
+    assert code == 0 and "1 of 3 images" in out and not list(Path("out").glob(".*"))
 
 
 def test_out_of_memory_halves_the_batch(run, monkeypatch):
