@@ -41,6 +41,7 @@ import tyro
 from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
@@ -656,6 +657,18 @@ def make_images(s: Settings) -> None:
         raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({e.strerror}); give another") from e
 
     quiet_libraries()
+    try:
+        with FileLock(out / ".lock", timeout=0) if state.is_main_process else contextlib.nullcontext():
+            fill_folder(s, prompts, out, state, device, dtype_name)
+    except Timeout as e:
+        raise UserError(f"--output-dir {s.output_dir}: another run is writing there; wait for it, or give another") from e
+    state.destroy_process_group()
+
+
+def fill_folder(
+    s: Settings, prompts: list[str], out: Path, state: PartialState, device: torch.device, dtype_name: str
+) -> None:
+    """Make the images that the folder lacks, then its grid and table; UserError for what does not belong there."""
     height, width = image_size(s)
     kept = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "timestep_spacing")
     kept += ("base_model", "dpo_unet", "vae")
@@ -705,7 +718,7 @@ def make_images(s: Settings) -> None:
         for path in differing.keys() - wanted.keys():
             path.unlink()
         finish(s, out, list(wanted), seconds)
-    state.destroy_process_group()
+        (out / ".lock").unlink()
 
 
 def sample_all(s, pipe, share, wanted, timesteps, height, width, versions) -> list[float]:

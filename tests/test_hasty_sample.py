@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import DEMO, ROOT
+from filelock import FileLock
 from PIL import Image
 
 import hasty_sample as hs
@@ -196,6 +197,17 @@ def test_a_picture_of_other_origin_is_not_replaced(run):
         code, _, err = run("hasty_sample", *FAST, "--limit", 2, "--output-dir", "out", *flags)
         assert code == 2 and "00001.png was not made by this script" in err
     assert Path("out/00001.png").read_bytes() == before
+
+
+def test_a_second_run_in_the_same_folder_is_told(run):
+    flags = (*FAST, "--limit", 1, "--output-dir", "out")
+    Path("out").mkdir()
+    with FileLock("out/.lock"):
+        code, _, err = run("hasty_sample", *flags)
+    assert code == 2 and "--output-dir out: another run is writing there" in err and not list(Path("out").glob("*.png"))
+    # A lock file without its process, as kill -9 leaves it, locks nobody out.
+    Path("out/.lock").touch()
+    assert run("hasty_sample", *flags)[0] == 0
 
 
 def test_a_finished_run_loads_no_model(run, monkeypatch):
@@ -433,7 +445,7 @@ def test_a_full_disk_is_said_and_loses_nothing(run, monkeypatch):
     code, _, err = run("hasty_sample", *flags)
     assert code == 2 and "out: No space left on device" in err and "Traceback" not in err
     assert sorted(p.name for p in Path("out").glob("*.png")) == ["00000.png"]
-    monkeypatch.undo()
+    monkeypatch.setattr(Image.Image, "save", save)
     code, out, _ = run("hasty_sample", *flags)
     assert code == 0 and "1 of 3 images" in out and not list(Path("out").glob(".*"))
 
