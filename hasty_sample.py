@@ -735,7 +735,6 @@ def sample_all(s, pipe, share, wanted, timesteps, height, width, versions) -> li
             tqdm.write(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
         return batch_size
 
-    @find_executable_batch_size(starting_batch_size=batch_size, reduce_batch_size_fn=halve)
     def run(batch_size: int) -> None:
         while left:
             paths = left[:batch_size]
@@ -772,7 +771,7 @@ def sample_all(s, pipe, share, wanted, timesteps, height, width, versions) -> li
             del left[: len(paths)]
 
     try:
-        run()
+        find_executable_batch_size(run, starting_batch_size=batch_size, reduce_batch_size_fn=halve)()
     except RuntimeError as e:
         if "No executable batch size" in str(e):
             raise UserError("one image alone does not fit into the memory; use a smaller --height and --width") from e
