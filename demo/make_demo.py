@@ -204,16 +204,17 @@ def make_tokenizers(build: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    folder = build / "bpe"
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(
-        json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False), encoding="utf-8"
-    )
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(p) + "\n" for p in merges), encoding="utf-8")
-    for i, pad in enumerate(("<|endoftext|>", "!")):
-        files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
-        made = CLIPTokenizer(**files, model_max_length=77, pad_token=pad)
-        made.save_pretrained(build / ("tokenizer", "tokenizer_2")[i])
+    vocabulary = {t: i for i, t in enumerate(tokens)}
+    # The files of CLIP's own tokenizers, which every version of transformers reads.
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        folder = build / name
+        folder.mkdir(exist_ok=True)
+        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad}
+        config |= {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_text(build: Path, trained: bool = True):
@@ -494,16 +495,9 @@ def export(s: Settings, build: Path) -> None:
     path = Path(s.output_dir) / "text_encoder" / "model.safetensors"
     weights = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
-    # The files of CLIP's own tokenizers, which every version of transformers reads.
-    for tokenizer, name in zip(tokenizers, ("tokenizer", "tokenizer_2"), strict=True):
-        folder = Path(s.output_dir) / name
-        for path in folder.iterdir():
-            path.unlink()
-        for file in ("vocab.json", "merges.txt"):
-            shutil.copy(build / "bpe" / file, folder / file)
-        keys = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length")
-        config = {"tokenizer_class": "CLIPTokenizer"} | {key: getattr(tokenizer, key) for key in keys}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.rmtree(Path(s.output_dir) / name)
+        shutil.copytree(build / name, Path(s.output_dir) / name)
     # As in SDXL base's own file: keys of other schedulers, without which DDIMScheduler.from_config would clip latents.
     path = Path(s.output_dir) / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text()) | {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True}
