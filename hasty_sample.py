@@ -3,11 +3,11 @@
 DIPO changes no training objective: a UNet trained with Diffusion-DPO is put into SDXL, a DDIM scheduler is swapped in,
 and the sampling loop below runs over a short subsequence of the 1,000 training timesteps.
 
-    python hasty_sample.py --demo                                                  # the small model in assets/demo; no GPU, no network
-    python hasty_sample.py --output-dir generated_images/sdxl                      # SDXL and the DPO UNet, from the hub or its cache
+    python hasty_sample.py --demo                                      # the small model in assets/demo, without GPU
+    python hasty_sample.py --output-dir generated_images/sdxl          # SDXL and the DPO UNet, from the hub or its cache
     python hasty_sample.py --prompts prompts.txt --num-inference-steps 50 --eta 0.5 --output-dir generated_images/mine
-    python hasty_sample.py --prompts parti --limit 100 --base-model models/sdxl --dpo-unet models/dpo-unet --output-dir ...
-    accelerate launch hasty_sample.py --prompts prompts.txt --output-dir ...       # shares the images out over all GPUs
+    python hasty_sample.py --prompts parti --limit 100 --base-model models/sdxl --output-dir generated_images/parti
+    accelerate launch hasty_sample.py --prompts prompts.txt            # shares the images out over all GPUs
 
 To use other models, edit the paths at the top of Settings or pass them as flags. The output folder gets 00000.png and
 so on (each with its settings inside, readable by AUTOMATIC1111's web UI), grid.png and images.csv. A run that was
