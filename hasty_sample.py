@@ -379,9 +379,10 @@ def warn_of_long_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str]) ->
 def ddim_timesteps(steps: int, spacing: str, train_steps: int = 1000, offset: int = 1) -> list[int]:
     """The subsequence tau of the training timesteps, descending (Song et al. 2021, section 4.2).
 
-    The same as diffusers' DDIMScheduler.set_timesteps with one exception. Its "leading" spacing takes the whole-number
-    stride train_steps // steps, and so 800 steps would start from pure noise at t = 800. Where that leaves the first
-    timestep a stride or more too low, the real-valued stride is used and rounded down: 800 steps start at 999.
+    The same as diffusers' DDIMScheduler.set_timesteps with one exception of weight. Its "leading" spacing takes the
+    whole-number stride train_steps // steps, and so 800 steps would start from pure noise at t = 800. Where that leaves the
+    first timestep a stride or more too low, the real-valued stride is used and rounded down: 800 steps start at 999. Two
+    corner cases follow: 1000 "leading" steps are 999 to 0, not 1000 to 1, and one "linspace" step is at 999, not 0.
 
     steps: 1 to train_steps. spacing: "leading", "trailing" or "linspace". offset: the scheduler's steps_offset, used by
     "leading". Lin et al. 2023 (Common diffusion noise schedules and sample steps are flawed) compares the three.

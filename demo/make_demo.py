@@ -154,7 +154,7 @@ def draw_range(seed: int, start: int, stop: int) -> tuple[np.ndarray, list[tuple
         choices = by_category[CATEGORIES[k % 3]]
         scene = choices[rng.integers(len(choices))]
         pictures[k - start] = np.asarray(world.draw(pool[scene], rng))
-        labels.append((scene, int(rng.integers(4))))
+        labels.append((scene, int(rng.integers(world.WORDINGS))))
     return pictures, labels
 
 
@@ -170,19 +170,9 @@ def make_pictures(s: Settings, build: Path) -> None:
     (build / "part.npy").replace(build / "pictures.npy")
 
 
-class Wording:
-    """Stands in for the generator in world.caption and picks the wording with a given number."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-    def integers(self, n: int) -> int:
-        return self.number
-
-
 def all_captions() -> list[list[str]]:
-    """The four wordings of every training scene."""
-    return [[world.caption(s, Wording(w)) for w in range(4)] for s in world.scenes("train")]
+    """All wordings of every training scene."""
+    return [[world.caption(s, w) for w in range(world.WORDINGS)] for s in world.scenes("train")]
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
@@ -273,7 +263,7 @@ def with_fillers(text: str, rng: np.random.Generator) -> str:
 
 def train_text(s: Settings, build: Path) -> None:
     """Train the encoders so that a linear layer reads category, shape and the colour of every part from what the UNet
-    gets of a caption. It is what contrastive training on pictures would teach them, for a hundredth of the time."""
+    gets of a caption. No picture takes part, unlike in CLIP's own training."""
     if not (build / "tokenizer_2" / "tokenizer_config.json").exists():
         make_tokenizers(build)
     torch.manual_seed(s.seed)
@@ -297,7 +287,7 @@ def train_text(s: Settings, build: Path) -> None:
     sizes = [len(names)] * len(SLOT_NAMES) + [len(world.SHAPES), len(CATEGORIES)]
 
     def loss_of(scenes, rng):
-        texts = [with_fillers(world.caption(x, rng), rng) for x in scenes]
+        texts = [with_fillers(world.caption(x, rng.integers(world.WORDINGS)), rng) for x in scenes]
         _, projected, first, ends = encode_text(tokenizers, encoders, texts, length=40)
         wanted, losses, right = targets(scenes), [], []
         for head, features in zip(heads, (projected, first, ends), strict=True):
@@ -371,7 +361,7 @@ def train_vae(s: Settings, build: Path) -> None:
 
 
 def train_details(s: Settings, build: Path) -> None:
-    """The same VAE further, with errors near edges counted more: without this the eyes of a portrait are lost."""
+    """The same VAE further, with errors near edges counted more: the first stage still loses the eyes of portraits."""
     pictures = np.load(build / "pictures.npy", mmap_mode="r")
     vae = make_vae(build).train().requires_grad_(True)
 

@@ -37,6 +37,7 @@ COLOURS = {
     "pink": (246, 150, 190),
     "white": (244, 244, 240),
 }
+WORDINGS = 4
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 SLOTS = {
     "portrait": ("background", "hair", "shirt"),
@@ -103,8 +104,8 @@ def sample_scenes(split: str, n: int, seed: int) -> list[Scene]:
     return [pools[tuple(SLOTS)[i % 3]][i // 3] for i in range(n)]
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """The caption of a scene: the plain wording, or with rng one of several wordings."""
+def caption(scene: Scene, wording: int = 0) -> str:
+    """The caption of a scene in one of WORDINGS wordings; number 0 is the plain one."""
     a, b, c = scene.colours
     forms = {
         "portrait": (
@@ -126,8 +127,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
             f"a {a} background and a {b} {scene.shape} with a {c} centre, abstract art",
         ),
     }[scene.category]
-    text = forms[0] if rng is None else forms[rng.integers(len(forms))]
-    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+    return re.sub(r"\ba (?=[aeiou])", "an ", forms[wording])
 
 
 def _tint(colour: str, rng: np.random.Generator, spread: int = 7) -> tuple[int, int, int]:

@@ -153,15 +153,14 @@ def stock_pipe():
     return pipe
 
 
-def our_latents(pipe, prompts, steps, eta, guidance, seeds, negative="", spacing="leading"):
+def our_latents(pipe, prompts, steps, eta, guidance, seeds, negative="", spacing="leading", size=(64, 64)):
     return hs.ddim_sample(
         pipe.unet,
         pipe.scheduler.alphas_cumprod,
         hs.ddim_timesteps(steps, spacing),
         *hs.encode_prompts(pipe, prompts, negative, guidance > 1),
         [torch.Generator().manual_seed(seed) for seed in seeds],
-        64,
-        64,
+        *size,
         guidance,
         eta,
         pipe.vae_scale_factor,
@@ -186,6 +185,20 @@ def test_same_latents_as_the_stock_pipeline(stock_pipe, demo_pipe, steps, eta, g
     ours = our_latents(demo_pipe, PROMPTS, steps, eta, guidance, (11, 12))
     assert (ours - theirs).abs().max() < 1e-4
     assert theirs.abs().max() > 0.5
+
+
+def test_same_latents_at_another_shape(stock_pipe, demo_pipe):
+    """Height and width must not be taken for each other, in the latents nor in SDXL's size conditioning."""
+    theirs = stock_pipe(
+        PROMPTS[0],
+        height=48,
+        width=96,
+        num_inference_steps=20,
+        generator=torch.Generator().manual_seed(5),
+        output_type="latent",
+    ).images
+    ours = our_latents(demo_pipe, PROMPTS[:1], 20, 0.0, 5.0, [5], size=(48, 96))
+    assert ours.shape == (1, 4, 12, 24) and (ours - theirs).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
