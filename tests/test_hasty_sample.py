@@ -1,6 +1,7 @@
 """hasty_sample.py as its users run it: files, restarts, processes, and what it says of bad input."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -410,6 +411,20 @@ def test_bf16_runs_the_same_picture(run):
     assert set(pd.read_csv("half/images.csv")["dtype"]) == {"bf16"}
     for name in ("00000.png", "00001.png"):
         assert 0 < np.abs(pixels(f"full/{name}") - pixels(f"half/{name}")).mean() < 15
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_traps_of_other_peoples_model_folders(tmp_path, dtype):
+    """A scheduler file without the keys that DDIM would fill in with True, and a VAE that must not run in fp16."""
+    shutil.copytree(DEMO, tmp_path / "model")
+    for part, change in (("scheduler/scheduler_config", {}), ("vae/config", {"force_upcast": True})):
+        path = tmp_path / "model" / f"{part}.json"
+        config = json.loads(path.read_text()) | change
+        path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("clip_sample", "set_alpha_to_one")}))
+    settings = hs.Settings(base_model=str(tmp_path / "model"), dpo_unet="", vae="")
+    pipe = hs.load_pipeline(settings, torch.device("cpu"), hs.DTYPES[dtype])
+    assert pipe.scheduler.config.clip_sample is False and pipe.scheduler.config.set_alpha_to_one is False
+    assert pipe.unet.dtype == hs.DTYPES[dtype] and pipe.vae.dtype == torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------------- faults
