@@ -52,6 +52,9 @@ class Settings:
     """SDXL pipeline: a folder or a hub name"""
     dpo_unet: str = "mhdang/dpo-sdxl-text2image-v1"
     """DPO-trained UNet: a folder or a hub name, with or without a subfolder unet; empty: the base model's own"""
+    dpo_lora: str = ""
+    """DPO-trained LoRA instead: a folder, a .safetensors file or a hub name; on the base model's own UNet unless dpo_unet
+    is given too"""
     vae: str = "madebyollin/sdxl-vae-fp16-fix"
     """VAE that stays finite in fp16: a folder or a hub name; empty: the base model's own"""
     parti: str = "nateraw/parti-prompts"
@@ -176,6 +179,9 @@ def check_settings(s: Settings) -> None:
     check_model_path("base-model", s.base_model, "model_index.json")
     check_model_path("dpo-unet", s.dpo_unet, "config.json")
     check_model_path("vae", s.vae, "config.json")
+    lora = find_path(s.dpo_lora)
+    if not (lora and lora.is_file() and lora.suffix == ".safetensors"):
+        check_model_path("dpo-lora", s.dpo_lora, "pytorch_lora_weights.safetensors")
 
 
 def check_model_path(flag: str, name: str, index_file: str) -> None:
@@ -325,6 +331,8 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
             f"--dpo-unet {s.dpo_unet}: made for text embeddings of {pipe.unet.config.cross_attention_dim} numbers, "
             f"but --base-model {s.base_model} gives {wanted}; take both from the same model family"
         )
+    if s.dpo_lora:
+        merge_lora(pipe, s.dpo_lora)
     try:
         pipe.to(device)
     except torch.OutOfMemoryError as e:
@@ -334,6 +342,19 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
     if dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)
     return pipe
+
+
+def merge_lora(pipe: StableDiffusionXLPipeline, name: str) -> None:
+    """Load a LoRA and add it to the UNet's weights, so that sampling costs what it does without; UserError if it does not
+    fit."""
+    try:
+        pipe.load_lora_weights(str(find_path(name) or name), use_safetensors=True)
+        if not pipe.get_list_adapters().get("unet"):
+            raise ValueError("it holds nothing for the UNet")
+        pipe.fuse_lora(components=["unet"])
+        pipe.unload_lora_weights()
+    except Exception as e:
+        raise UserError(f"--dpo-lora {name}: cannot be loaded into this UNet ({first_line(root_cause(e))[:200]})") from e
 
 
 def load_config(cls, flag: str, name: str, s: Settings, subfolder: str) -> dict:
@@ -518,6 +539,8 @@ def infotext(record: dict) -> str:
         "Version": f"DIPO with diffusers {record['diffusers']}",
     }
     lines = [record["prompt"]]
+    if record.get("dpo_lora"):
+        fields["Lora"] = json.dumps(record["dpo_lora"])
     if record["negative_prompt"]:
         lines.append(f"Negative prompt: {record['negative_prompt']}")
     return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in fields.items())])
@@ -560,7 +583,8 @@ def fingerprint(*names: str) -> str:
     for name in filter(None, names):
         path = find_path(name)
         digest.update(b"" if path else name.encode())
-        for file in sorted(path.rglob("*.safetensors")) if path else []:
+        files = [] if not path else [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+        for file in files:
             digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
             with open(file, "rb") as f:
                 f.seek(max(0, file.stat().st_size - 65536))
@@ -641,6 +665,8 @@ def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int, font: 
 
 def make_images(s: Settings) -> None:
     """The whole job, on every process of an accelerate launch."""
+    if s.dpo_lora and s.dpo_unet == Settings.dpo_unet:
+        s = replace(s, dpo_unet="")
     if s.demo:
         s = with_demo(s)
     check_settings(s)
@@ -672,9 +698,9 @@ def fill_folder(
     """Make the images that the folder lacks, then its grid and table; UserError for what does not belong there."""
     height, width = image_size(s)
     kept = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "timestep_spacing")
-    kept += ("base_model", "dpo_unet", "vae")
+    kept += ("base_model", "dpo_unet", "vae") + (("dpo_lora",) if s.dpo_lora else ())
     common = {k: v for k, v in asdict(s).items() if k in kept} | {"height": height, "width": width, "dtype": dtype_name}
-    common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae)
+    common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae, s.dpo_lora)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
     wanted = {
         out / f"{i:05d}.png": {"prompt": prompts[i // s.images_per_prompt], "seed": s.seed + i} | common

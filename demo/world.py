@@ -254,15 +254,20 @@ def nearest_colour(rgb) -> str:
     return names[int(np.argmin(np.linalg.norm(lab - _srgb_to_lab(np.asarray(rgb)), axis=-1)))]
 
 
-def region_colour(image: Image.Image, region: str) -> str:
-    """The named colour of a region of a 64x64 picture: the nearest to the median pixel of "background" (both upper
-    corners, 10 rows by 8 columns each), "sky" (the upper 8 rows) or "hills" (the lower 10 rows)."""
+def region_pixels(image: Image.Image, region: str) -> np.ndarray:
+    """The pixels (N, 3), uint8, of a region of a 64x64 picture: "background" (both upper corners, 10 rows by 8 columns
+    each), "sky" (the upper 8 rows) or "hills" (the lower 10 rows)."""
     pixels = np.asarray(image.convert("RGB"))
     if region == "background":
         patch = np.concatenate([pixels[:10, :8], pixels[:10, -8:]], axis=1)
     else:
         patch = pixels[:8] if region == "sky" else pixels[-10:]
-    return nearest_colour(np.median(patch.reshape(-1, 3), axis=0))
+    return patch.reshape(-1, 3)
+
+
+def region_colour(image: Image.Image, region: str) -> str:
+    """The named colour of a region: the nearest to its median pixel."""
+    return nearest_colour(np.median(region_pixels(image, region), axis=0))
 
 
 def colours_right(image: Image.Image, scene: Scene) -> dict[str, bool]:
