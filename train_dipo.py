@@ -142,20 +142,21 @@ class Settings:
     """precision of the saved UNet or LoRA: fp16, bf16 or fp32 (checkpoints are always fp32)"""
 
 
-# What --demo uses instead of the defaults above: sizes for 2 CPU cores. Chosen on test.parquet and 240 held-out captions.
+# What --demo uses instead of the defaults above: sizes for 2 CPU cores, chosen by the annotator's reward on training captions
+# (demo/measure_dpo.py --split train). At beta 5000 and twice the rate the loss went up beyond ln 2.
 DEMO = {
     "base_model": "assets/demo/sdxl",
     "vae": "",
     "dataset": "assets/demo/pickapic/train.parquet",
     "output_dir": "models/dipo-demo",
     "cache_dir": "models/dipo-demo/cache",
-    "max_train_steps": 200,
+    "max_train_steps": 250,
     "effective_batch_size": 64,
     "train_batch_size": 64,
-    "learning_rate": 2e-5,
+    "learning_rate": 1e-5,
     "scale_lr": False,
     "lr_warmup_steps": 20,
-    "beta_dpo": 5000.0,
+    "beta_dpo": 1000.0,
     "optimizer": "adamw",
     "caption_dropout": 0.0,
     "checkpoint_every": 25,
@@ -549,10 +550,11 @@ def add_lora(unet: UNet2DConditionModel, rank: int, dtype: torch.dtype) -> None:
     cast_training_params(unet, dtype=torch.float32)
 
 
-def make_reference(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A frozen copy whose matrices are in dtype and whose norms stay in float32, as autocast computes both: under autocast
-    the copy agrees with the float32 original, so that training starts with a loss of ln 2."""
-    reference = copy.deepcopy(unet).requires_grad_(False).eval()
+def make_reference(unet: UNet2DConditionModel, dtype: torch.dtype, norms: torch.dtype) -> UNet2DConditionModel:
+    """A frozen copy with its norms in one precision and all else in dtype. With the precision in which the model's own
+    norms are computed (float32 under autocast, dtype where FSDP or DeepSpeed cast everything) the two agree to the last
+    bit, so that training starts with a loss of ln 2."""
+    reference = copy.deepcopy(unet).requires_grad_(False).eval().to(norms)
     for module in reference.modules():
         if not isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
             for name, p in module.named_parameters(recurse=False):
@@ -839,13 +841,10 @@ def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int, font: 
 
 
 @torch.no_grad()
-def validate(
-    s: Settings, pipe: StableDiffusionXLPipeline, accelerator: Accelerator, out: Path, step: int, size: int
-) -> None:
+def validate(pipe: StableDiffusionXLPipeline, prompts: list[str], accelerator: Accelerator, out: Path, step: int, size: int):
     """validation/step-N.png: the base model's pictures above those of this step, 30 DDIM steps, guidance 5, same seeds.
     Every process samples, as a UNet in parts needs all of them, and the first writes."""
     folder = out / "validation"
-    prompts = read_validation_prompts(s)
     pipe.unet.eval()
     name = "base" if step == 0 else f"{step:07d}"
     for i, prompt in enumerate(tqdm(prompts, desc="validation", leave=False, disable=not accelerator.is_main_process)):
@@ -1102,10 +1101,13 @@ def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int
         lora_hooks(accelerator, unet)
         reference = None
     else:
-        reference = make_reference(unet, dtype)
+        casts_all = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+        reference = make_reference(unet, dtype, norms=dtype if casts_all else torch.float32)
     unet.train()
     if s.gradient_checkpointing if s.gradient_checkpointing is not None else device.type == "cuda":
         unet.enable_gradient_checkpointing()
+    if accelerator.state.deepspeed_plugin:
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = s.train_batch_size
     parameters = [p for p in unet.parameters() if p.requires_grad]
     model, optimizer = accelerator.prepare(unet, make_optimizer(s, parameters, lr))
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -1119,10 +1121,10 @@ def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int
         open_metrics(out / "metrics.csv", progress["step"])
     config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
     accelerator.init_trackers("tensorboard", config, {"tensorboard": {"purge_step": progress["step"] + 1}})
-    if s.validate_every and prompts and not (out / "validation" / f"base-{len(prompts) - 1}.png").exists():
+    if s.validate_every and not (out / "validation" / f"base-{len(prompts) - 1}.png").exists():
         with contextlib.nullcontext() if reference is not None else adapter_off(unet):
             pipe.unet = unet if reference is None else reference
-            validate(s, pipe, accelerator, out, 0, resolution)
+            validate(pipe, prompts, accelerator, out, 0, resolution)
             pipe.unet = unet
 
     time_ids = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], device=device, dtype=dtype)
@@ -1148,7 +1150,7 @@ def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int
         for group in optimizer.param_groups:
             group["lr"] = rate
         began, grad_norm, left_out = time.perf_counter(), None, torch.zeros(2)
-        sums = torch.zeros(5, device=device)
+        sums = torch.zeros(4, device=device)
         for _ in range(accumulation):
             if number := signals.anywhere(accelerator):
                 # What this step has added up is let go; the checkpoint is of its beginning.
@@ -1158,12 +1160,12 @@ def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int
             latents, text, pooled = prepare_batch(pipe, batch, empty)
             noise, t = (batch[k].to(device, non_blocking=True) for k in ("noise", "timestep"))
             t = torch.cat([t, t])
-            noisy = noise_scheduler.add_noise(latents, torch.cat([noise, noise]), t)
+            noisy = noise_scheduler.add_noise(latents, torch.cat([noise, noise]), t).to(dtype)
             with accelerator.accumulate(model):
                 with torch.no_grad(), accelerator.autocast(), adapter_off(unet) if s.lora_rank else contextlib.nullcontext():
                     reference_pred = predict(reference or model, noisy, t, text, pooled)
                 loss, argument, m, r = dpo_loss(predict(model, noisy, t, text, pooled), reference_pred, noise, s.beta_dpo)
-                if progress["step"] == 0 and not sums[0] and (far := argument.detach().abs().mean().item()) > 0.1:
+                if progress["step"] == 0 and not sums.any() and (far := argument.detach().abs().mean().item()) > 0.1:
                     raise UserError(
                         f"model and reference differ before training (mean argument {far:.3g}, should be 0), so their "
                         "differences mean nothing; use --mixed-precision bf16 or no, and not DeepSpeed"
@@ -1176,12 +1178,12 @@ def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int
                     if math.isfinite(grad_norm) or accelerator.scaler or accelerator.distributed_type == "DEEPSPEED":
                         optimizer.step()
                 optimizer.zero_grad()
-            sums += torch.stack(
-                [loss.detach() * 0 + 1, loss.detach(), (argument > 0).float().mean(), m.mean(), r.mean()]
-            ).detach()
+            right = (argument > 0).float() + (argument == 0).float() / 2
+            sums += torch.stack([loss, right.mean(), m.mean(), r.mean()]).detach()
             left_out += torch.stack([batch["ties"].sum(), batch["unreadable"].sum()])
-        n, loss, accuracy, m, r, *left_out = accelerator.reduce(torch.cat([sums, left_out.to(device)]), "sum").tolist()
-        loss, accuracy, m, r = loss / n, accuracy / n, m / n, r / n
+        *left_out, loss, accuracy, m, r = accelerator.reduce(
+            torch.cat([left_out.to(device), sums / (accumulation * world)]), "sum"
+        ).tolist()
         skipped = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
         skipped |= not math.isfinite(grad_norm) and accelerator.distributed_type != "DEEPSPEED"
         progress["step"] += 1
@@ -1221,7 +1223,7 @@ def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int
             )
         last = progress["step"] >= s.max_train_steps
         if s.validate_every and (last or progress["step"] % s.validate_every == 0):
-            validate(s, pipe, accelerator, out, progress["step"], resolution)
+            validate(pipe, prompts, accelerator, out, progress["step"], resolution)
         if last or progress["step"] % s.checkpoint_every == 0:
             checkpoint_now()
             if accelerator.is_main_process:
@@ -1234,11 +1236,7 @@ def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int
             weights = get_peft_model_state_dict(unet, state_dict=weights)
         summary = {"steps": progress["step"], "effective_learning_rate": lr, "processes": world}
         summary |= {k: progress[k] for k in ("pairs", "ties", "unreadable", "skipped")}
-        summary |= {
-            "torch": str(torch.__version__),
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        }
+        summary |= {f"{m.__name__}_version": str(m.__version__) for m in (torch, diffusers, transformers)}
         save_result(s, out, unet, weights, summary)
         print(
             f"{out}: {progress['step']} steps, {progress['ties']} ties and {progress['unreadable']} unreadable pairs left "
