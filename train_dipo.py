@@ -26,8 +26,8 @@ import contextlib
 import copy
 import datetime
 import errno
+import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -54,7 +54,7 @@ import transformers
 import tyro
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, is_wandb_available
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import cast_training_params
@@ -142,8 +142,8 @@ class Settings:
     """precision of the saved UNet or LoRA: fp16, bf16 or fp32 (checkpoints are always fp32)"""
 
 
-# What --demo uses instead of the defaults above: sizes for 2 CPU cores, chosen by the annotator's reward on training captions
-# (demo/measure_dpo.py --split train). At beta 5000 and twice the rate the loss went up beyond ln 2.
+# What --demo uses instead of the defaults above: sizes for 2 CPU cores, chosen by the annotator's reward on training
+# captions (demo/measure_dpo.py --split train). At beta 5000 and twice this rate the loss rose above ln 2.
 DEMO = {
     "base_model": "assets/demo/sdxl",
     "vae": "",
@@ -173,7 +173,7 @@ COLUMNS = ("jpg_0", "jpg_1", "caption", "label_0")
 CACHED = ("moments", "prompt_embeds", "pooled_embeds")
 CACHE_SHARD = 256
 # Settings that a resumed run may change; data, model and optimizer have to stay what they were.
-MAY_CHANGE = ("output_dir", "resume", "cache_dir", "demo", "max_train_steps", "learning_rate", "scale_lr", "beta_dpo")
+MAY_CHANGE = ("output_dir", "resume", "demo", "max_train_steps", "learning_rate", "scale_lr", "beta_dpo")
 MAY_CHANGE += ("weight_decay", "max_grad_norm", "checkpoint_every", "keep_checkpoints", "validate_every", "device")
 MAY_CHANGE += ("validation_prompts", "max_mse_ratio", "wandb", "save_dtype", "gradient_checkpointing", "lr_warmup_steps")
 MAX_SKIPPED = 10
@@ -189,7 +189,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked the run to end; it carries the signal's number, and a checkpoint has been written."""
+    """A signal, whose number it carries, asked the run to end; a checkpoint has been written."""
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -246,14 +246,8 @@ def check_settings(s: Settings) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)!r}: use one of {', '.join(allowed)}")
     if s.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16: needs a CUDA GPU; use bf16 or no")
-    if s.wandb and not _has("wandb"):
+    if s.wandb and not is_wandb_available():
         raise UserError("--wandb: the package is not installed; pip install wandb")
-
-
-def _has(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
 
 
 def accumulation_steps(effective_batch_size: int, train_batch_size: int, processes: int) -> int:
@@ -338,7 +332,7 @@ def read_pair(row: dict, resolution: int) -> dict | None:
     return {"pixels": torch.from_numpy(pixels), "caption": row["caption"] or ""}
 
 
-def read_cached(row: dict, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict:
+def read_cached(row: dict, shapes: dict[str, list[int]], dtype: torch.dtype) -> dict:
     """A row of the cache as tensors of the given shapes."""
     return {k: torch.frombuffer(bytearray(row[k]), dtype=dtype).reshape(shape) for k, shape in shapes.items()}
 
@@ -375,9 +369,7 @@ class Pairs(torch.utils.data.IterableDataset):
         self.stream, self.turn, self.turns = (rank, 0, 1) if own_files else (0, rank, world)
         self.rows = rows.shard(world, rank, contiguous=False) if own_files and world > 1 else rows
         self.num_shards = self.rows.num_shards
-        if limit is None and shuffle_buffer > 1:
-            self.rows = self.rows.shuffle(seed=seed, buffer_size=1)  # the order of the files
-        self.at = {"epoch": 0, "rows": None, "block": 0, "first": 0, "next": 0, "ties": 0, "unreadable": 0}
+        self.at = {"epoch": 0, "before": 0, "rows": None, "block": 0, "first": 0, "next": 0, "ties": 0, "unreadable": 0}
 
     def state_dict(self) -> dict:
         return copy.deepcopy(self.at)
@@ -405,7 +397,7 @@ class Pairs(torch.utils.data.IterableDataset):
                 order = np.random.default_rng([self.seed, at["epoch"], worker, at["block"]]).permutation(len(block))
                 for j in range(at["next"], len(block)):
                     at["next"] = j + 1
-                    if (at["first"] + j) % self.turns != self.turn:
+                    if (at["before"] + at["first"] + j) % self.turns != self.turn:
                         continue
                     item = self.read(block[order[j] if self.shuffle_buffer > 1 else j])
                     if item is None:
@@ -424,6 +416,7 @@ class Pairs(torch.utils.data.IterableDataset):
                 }
             if not used:
                 return
+            at["before"] += at["first"]
             at |= {"epoch": at["epoch"] + 1, "rows": None, "block": 0, "first": 0, "next": 0}
 
     @staticmethod
@@ -446,7 +439,8 @@ def start_worker(_: int) -> None:
 
 def make_loader(pairs: Pairs, batch_size: int, num_workers: int, pin_memory: bool) -> StatefulDataLoader:
     workers = min(num_workers, pairs.num_shards)
-    more = {"worker_init_fn": start_worker, "prefetch_factor": 2} if workers else {}
+    # Forked workers hang in threads that reading the data has started here before.
+    more = {"worker_init_fn": start_worker, "multiprocessing_context": "spawn"} if workers else {}
     return StatefulDataLoader(pairs, batch_size=batch_size, num_workers=workers, pin_memory=pin_memory, **more)
 
 
@@ -513,11 +507,12 @@ def quiet_libraries() -> None:
 
 
 def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """The base pipeline on the device: VAE and text encoders frozen in dtype, the UNet to be trained in float32.
+    """The base pipeline on the device: VAE and text encoders frozen in dtype, the UNet in float32, or in dtype for a LoRA.
 
     Raises UserError when a model cannot be loaded or does not predict the noise.
     """
-    parts = {"unet": load_part(UNet2DConditionModel.from_pretrained, "base-model", s.base_model, "unet", torch.float32)}
+    unet_dtype = dtype if s.lora_rank else torch.float32
+    parts = {"unet": load_part(UNet2DConditionModel.from_pretrained, "base-model", s.base_model, "unet", unet_dtype)}
     if s.vae:
         parts["vae"] = load_part(AutoencoderKL.from_pretrained, "vae", s.vae, "vae", dtype)
 
@@ -623,6 +618,19 @@ def dpo_loss(model_pred: torch.Tensor, reference_pred: torch.Tensor, noise: torc
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
+def read_cache_note(s: Settings) -> dict:
+    """What cache.json says; empty without a cache."""
+    try:
+        return json.loads((Path(s.cache_dir).expanduser() / "cache.json").read_text()) if s.cache_dir else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def open_cache(s: Settings) -> datasets.IterableDataset:
+    files = sorted(str(p) for p in Path(s.cache_dir).expanduser().glob("*.parquet"))
+    return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+
+
 def fill_cache(s: Settings, rows, pipe: StableDiffusionXLPipeline, accelerator: Accelerator, resolution: int) -> dict:
     """Encode every usable pair once into parquet shards of CACHE_SHARD pairs, each with the position in the data, so that a
     stopped run goes on behind the last whole one. Returns what cache.json then holds. Raises UserError for a cache
@@ -634,10 +642,10 @@ def fill_cache(s: Settings, rows, pipe: StableDiffusionXLPipeline, accelerator: 
     note = folder / "cache.json"
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        if not note.exists():
+        if not read_cache_note(s):
             write_text(note, json.dumps(wanted | {"processes": world}))
     accelerator.wait_for_everyone()
-    found = json.loads(note.read_text())
+    found = read_cache_note(s)
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UserError(
@@ -841,23 +849,26 @@ def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int, font: 
 
 
 @torch.no_grad()
-def validate(pipe: StableDiffusionXLPipeline, prompts: list[str], accelerator: Accelerator, out: Path, step: int, size: int):
+def validate(pipe, unet, prompts: list[str], accelerator: Accelerator, out: Path, step: int, resolution: int) -> None:
     """validation/step-N.png: the base model's pictures above those of this step, 30 DDIM steps, guidance 5, same seeds.
-    Every process samples, as a UNet in parts needs all of them, and the first writes."""
-    folder = out / "validation"
-    pipe.unet.eval()
-    name = "base" if step == 0 else f"{step:07d}"
-    for i, prompt in enumerate(tqdm(prompts, desc="validation", leave=False, disable=not accelerator.is_main_process)):
+    Step 0 is the base model. Every process samples, as a UNet in parts needs all of them, and the first one writes."""
+    folder, name, main = out / "validation", f"{step:07d}" if step else "base", accelerator.is_main_process
+    folder.mkdir(exist_ok=True)
+    trained_unet, training = pipe.unet, unet.training
+    pipe.unet = accelerator.unwrap_model(unet).eval()
+    for i, prompt in enumerate(tqdm(prompts, desc="validation", leave=False, disable=not main)):
         with accelerator.autocast():
             generator = torch.Generator().manual_seed(i)
-            image = pipe(prompt, num_inference_steps=30, guidance_scale=5.0, generator=generator, height=size, width=size)
-        if accelerator.is_main_process:
-            folder.mkdir(exist_ok=True)
-            image.images[0].save(folder / f".{name}-{i}.part", format="PNG")
+            done = pipe(
+                prompt, num_inference_steps=30, guidance_scale=5.0, generator=generator, height=resolution, width=resolution
+            )
+        if main:
+            done.images[0].save(folder / f".{name}-{i}.part", format="PNG")
             os.replace(folder / f".{name}-{i}.part", folder / f"{name}-{i}.png")
-    pipe.unet.train()
-    base, trained = ([folder / f"{n}-{i}.png" for i in range(len(prompts))] for n in ("base", name))
-    if accelerator.is_main_process and step and all(p.exists() for p in base):
+    pipe.unet.train(training)
+    pipe.unet = trained_unet
+    if main and step:
+        base, trained = ([folder / f"{n}-{i}.png" for i in range(len(prompts))] for n in ("base", name))
         captions = [f"base: {p}" for p in prompts] + [f"step {step}: {p}" for p in prompts]
         grid, _ = make_grid(base + trained, captions, len(prompts))
         grid.save(folder / ".grid.part", format="PNG")
@@ -1003,8 +1014,6 @@ def train(s: Settings) -> None:
     warnings.filterwarnings("ignore", message=".*set_vital.*")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    rows = open_dataset(s.dataset)
-
     out = Path(s.output_dir).expanduser()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -1012,94 +1021,112 @@ def train(s: Settings) -> None:
         (out / ".writable").unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({e.strerror}); give another") from e
-    cuda = torch.cuda.is_available() and s.device != "cpu"
+    accumulation = accumulation_steps(s.effective_batch_size, s.train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
     if s.mixed_precision == "auto":
+        cuda = torch.cuda.is_available() and s.device != "cpu"
         s = replace(s, mixed_precision="no" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    accumulation = accumulation_steps(s.effective_batch_size, s.train_batch_size, processes)
+    rows = None if read_cache_note(s).get("complete") else open_dataset(s.dataset)
     accelerator = Accelerator(
         cpu=s.device == "cpu",
         mixed_precision=s.mixed_precision,
         gradient_accumulation_steps=accumulation,
         log_with=["tensorboard"] + (["wandb"] if s.wandb else []),
-        project_dir=str(out),
-        # A process that samples validation pictures keeps the others waiting longer than the ten minutes of NCCL.
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
+        # A process that encodes or writes keeps the others waiting longer than the ten minutes that NCCL would allow.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
     )
     try:
-        with (
-            FileLock(out / ".lock", timeout=0) if accelerator.is_main_process else contextlib.nullcontext(),
-            Signals() as signals,
-        ):
-            run(s, rows, prompts, out, accelerator, accumulation, signals)
+        with FileLock(out / ".lock", timeout=0) if accelerator.is_main_process else contextlib.nullcontext():
+            run(s, rows, prompts, out, accelerator, accumulation)
+            if accelerator.is_main_process:
+                (out / ".lock").unlink()
     except Timeout as e:
         raise UserError(f"--output-dir {s.output_dir}: another run is writing there; wait for it, or give another") from e
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            f"the GPU's memory does not hold {s.train_batch_size} pairs of this size; use a smaller --train-batch-size, "
+            "--gradient-checkpointing, --optimizer adafactor, or --lora-rank 64"
+        ) from e
     finally:
         accelerator.end_training()
 
 
-def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int, signals: Signals) -> None:
-    """Everything between the checks of the settings and the result."""
-    device, say = accelerator.device, accelerator.print
+def find_progress(s: Settings, out: Path, accelerator: Accelerator) -> tuple[str, dict]:
+    """The checkpoint to go on from, empty for none, and what is counted over the run. UserError where a resumed run
+    differs from its checkpoint in what cannot change, a line for each other difference."""
     found = [str(find_checkpoint(out) or "")] if accelerator.is_main_process else [None]
-    checkpoint = broadcast_object_list(found)[0]
-    if checkpoint and not s.resume:
+    checkpoint, world = broadcast_object_list(found)[0], accelerator.num_processes
+    if not checkpoint:
+        counts = ("step", "pairs", "ties", "unreadable", "skipped", "skipped_in_row")
+        return "", dict.fromkeys(counts, 0) | {"processes": world, "settings": asdict(s)}
+    if not s.resume:
         raise UserError(f"--output-dir {s.output_dir}: holds {checkpoint}; --resume goes on from it, or give another folder")
-    progress = {"step": 0, "pairs": 0, "ties": 0, "unreadable": 0, "skipped": 0, "skipped_in_row": 0}
-    if checkpoint:
-        progress = json.loads((Path(checkpoint) / "progress.json").read_text())
-        check_same(s, progress, accelerator)
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.mixed_precision]
-    lr = s.learning_rate * (s.effective_batch_size if s.scale_lr else 1)
-    say(
-        f"effective batch {s.effective_batch_size} = {s.train_batch_size} per device x {accelerator.num_processes} "
-        f"{'process' if accelerator.num_processes == 1 else 'processes'} x {accumulation} accumulated"
-    )
-    say(
-        f"learning rate {s.learning_rate:g} x {s.effective_batch_size} = {lr:.4g} (--no-scale-lr takes it as it is)"
-        if s.scale_lr
-        else f"learning rate {lr:g}, taken as it is (--scale-lr multiplies it by the effective batch)"
-    )
-
-    pipe = load_models(s, device, dtype)
-    unet = pipe.unet
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    resolution = s.resolution or unet.config.sample_size * factor
-    if resolution % (factor * 2 ** (len(unet.config.block_out_channels) - 1)):
+    progress = json.loads((Path(checkpoint) / "progress.json").read_text())
+    if progress["processes"] != world:
         raise UserError(
-            f"--resolution {resolution}: must be a multiple of {factor * 2 ** (len(unet.config.block_out_channels) - 1)}"
+            f"--resume: the checkpoint is of {progress['processes']} processes and its positions in the data fit no other "
+            f"number, these are {world}; use as many"
         )
+    for key, value in asdict(s).items():
+        old = progress["settings"].get(key, value)
+        if old == value or key in ("output_dir", "resume") or (key == "cache_dir" and old and value):
+            continue
+        if key not in MAY_CHANGE:
+            raise UserError(f"--resume: the checkpoint was made with {key} {old!r}, this run has {value!r}; use the same")
+        accelerator.print(f"{key} is {value!r} from here on; it was {old!r}")
+    return checkpoint, progress
+
+
+def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerator, accumulation: int) -> None:
+    """Everything between the checks of the settings and the result. rows: the data set, None with a finished cache."""
+    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+    main, say = accelerator.is_main_process, accelerator.print
+    checkpoint, progress = find_progress(s, out, accelerator)
+    if (
+        rows is not None
+        and next(iter(Pairs(rows, lambda row: read_pair(row, 8), lambda key: {}, 0, 1, epochs=1)), None) is None
+    ):
+        raise UserError(f"--dataset {s.dataset}: no usable pair in it; all are ties or unreadable")
+    lr = s.learning_rate * (s.effective_batch_size if s.scale_lr else 1)
+    times = "" if s.scale_lr else ", taken as it is (--scale-lr multiplies it by the effective batch)"
+    times = times or f" = {s.learning_rate:g} per pair x {s.effective_batch_size} (--no-scale-lr takes it as it is)"
+    say(
+        f"effective batch {s.effective_batch_size} = {s.train_batch_size} per device x {world} "
+        f"{'process' if world == 1 else 'processes'} x {accumulation} accumulated\nlearning rate {lr:.4g}{times}"
+    )
+
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[s.mixed_precision]
+    pipe = load_models(s, device, dtype)
+    unet, noise_scheduler = pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config)
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    resolution = s.resolution or unet.config.sample_size * factor
+    if resolution % multiple:
+        raise UserError(f"--resolution {resolution}: must be a multiple of {multiple}")
     latent_shape = (unet.config.in_channels, resolution // factor, resolution // factor)
-    noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    text, pooled = encode_captions(pipe, [""])
-    empty = (text, pooled) if not pipe.config.force_zeros_for_empty_prompt else (text * 0, pooled * 0)
+    empty = encode_captions(pipe, [""])
+    if pipe.config.force_zeros_for_empty_prompt:
+        empty = tuple(torch.zeros_like(x) for x in empty)
 
-    def draws(key):
-        return random_draws(key, latent_shape, noise_scheduler.config.num_train_timesteps, s.caption_dropout)
-
-    rank, world = accelerator.process_index, accelerator.num_processes
+    timesteps, dropout = noise_scheduler.config.num_train_timesteps, s.caption_dropout
+    draws = functools.partial(random_draws, latent_shape=latent_shape, train_timesteps=timesteps, caption_dropout=dropout)
     if s.cache_dir:
         cache = fill_cache(s, rows, pipe, accelerator, resolution)
-        files = sorted(str(p) for p in Path(s.cache_dir).expanduser().glob("*.parquet"))
-        rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-        shapes = {k: tuple(v) for k, v in cache["shapes"].items()}
-        pairs = Pairs(
-            rows, lambda row: read_cached(row, shapes, pipe.vae.dtype), draws, s.seed, s.shuffle_buffer, rank, world
-        )
         progress |= {k: cache["counts"][k] for k in ("ties", "unreadable")}
+        rows = open_cache(s)
+        read = functools.partial(read_cached, shapes=cache["shapes"], dtype=pipe.vae.dtype)
+        pairs = Pairs(rows, read, draws, s.seed, s.shuffle_buffer, rank, world)
     else:
-        limit = s.max_train_pairs
-        if not any(True for _ in itertools.islice(Pairs(rows, lambda r: read_pair(r, 8), lambda k: {}, 0, 1, epochs=1), 1)):
-            raise UserError(f"--dataset {s.dataset}: no usable pair in it; all are ties or unreadable")
-        pairs = Pairs(rows, lambda row: read_pair(row, resolution), draws, s.seed, s.shuffle_buffer, rank, world, limit)
+        read = functools.partial(read_pair, resolution=resolution)
+        pairs = Pairs(rows, read, draws, s.seed, s.shuffle_buffer, rank, world, s.max_train_pairs)
     workers = s.num_workers if s.num_workers is not None else 4 if device.type == "cuda" else 0
     loader = make_loader(pairs, s.train_batch_size, workers, device.type == "cuda")
 
+    reference = None
     if s.lora_rank:
         torch.manual_seed(s.seed)
         add_lora(unet, s.lora_rank, dtype)
         lora_hooks(accelerator, unet)
-        reference = None
     else:
         casts_all = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
         reference = make_reference(unet, dtype, norms=dtype if casts_all else torch.float32)
@@ -1108,24 +1135,30 @@ def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int
         unet.enable_gradient_checkpointing()
     if accelerator.state.deepspeed_plugin:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = s.train_batch_size
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(unet, make_optimizer(s, parameters, lr))
+    optimizer = make_optimizer(s, [p for p in unet.parameters() if p.requires_grad], lr)
+    model, optimizer = accelerator.prepare(unet, optimizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    same_prompts = progress["settings"]["validation_prompts"] == s.validation_prompts
     if checkpoint:
         accelerator.load_state(checkpoint)
-        accelerator.step = 0  # one that ended within an accumulation starts that one anew
+        accelerator.step = 0  # a run that ended within an accumulation starts that one anew
         loader.load_state_dict(json.loads((Path(checkpoint) / f"loader-{rank}.json").read_text()))
         say(f"going on from {checkpoint}")
-
-    if accelerator.is_main_process:
+    progress |= {"settings": asdict(s)}
+    if main:
         open_metrics(out / "metrics.csv", progress["step"])
     config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
-    accelerator.init_trackers("tensorboard", config, {"tensorboard": {"purge_step": progress["step"] + 1}})
-    if s.validate_every and not (out / "validation" / f"base-{len(prompts) - 1}.png").exists():
-        with contextlib.nullcontext() if reference is not None else adapter_off(unet):
-            pipe.unet = unet if reference is None else reference
-            validate(pipe, prompts, accelerator, out, 0, resolution)
-            pipe.unet = unet
+    accelerator.init_trackers("dipo", config, {"tensorboard": {"purge_step": progress["step"] + 1}})
+
+    @contextlib.contextmanager
+    def base_model():
+        """The model that training started from, for what is done inside."""
+        with adapter_off(unet) if reference is None else contextlib.nullcontext():
+            yield reference if reference is not None else model
+
+    if s.validate_every and not (checkpoint and same_prompts and (out / f"validation/base-{len(prompts) - 1}.png").exists()):
+        with base_model() as base:
+            validate(pipe, base, prompts, accelerator, out, 0, resolution)
 
     time_ids = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], device=device, dtype=dtype)
 
@@ -1135,105 +1168,96 @@ def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int
 
     def checkpoint_now() -> None:
         save_checkpoint(accelerator, out, progress, loader_state, s.keep_checkpoints)
+        if main:
+            plot_metrics(out)
 
-    progress |= {"settings": asdict(s), "processes": world}
     if progress["step"] >= s.max_train_steps:
         say(f"step {progress['step']} is at or beyond --max-train-steps {s.max_train_steps}: nothing to train, saving it")
-    bar = tqdm(desc="training", unit="pair", total=s.max_train_steps * s.effective_batch_size)
-    bar.disable = not accelerator.is_main_process
-    bar.update(progress["step"] * s.effective_batch_size)
-    bar.unpause()
+    size = s.effective_batch_size
+    bar = tqdm(
+        total=s.max_train_steps * size, initial=progress["step"] * size, unit="pair", desc="training", disable=not main
+    )
     batches, before = iter(loader), probe(parameters)
     loader_state = loader.state_dict()
-    while progress["step"] < s.max_train_steps:
-        rate = lr * min(1.0, (progress["step"] + 1) / max(1, s.lr_warmup_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        began, grad_norm, left_out = time.perf_counter(), None, torch.zeros(2)
-        sums = torch.zeros(4, device=device)
-        for _ in range(accumulation):
-            if number := signals.anywhere(accelerator):
-                # What this step has added up is let go; the checkpoint is of its beginning.
+    with bar, Signals() as signals:
+        while progress["step"] < s.max_train_steps:
+            rate = lr * min(1.0, (progress["step"] + 1) / max(1, s.lr_warmup_steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            began, sums, left_out = time.perf_counter(), torch.zeros(4, device=device), torch.zeros(2)
+            for _ in range(accumulation):
+                if number := signals.anywhere(accelerator):
+                    # What this step has added up is let go; the checkpoint is of its beginning.
+                    checkpoint_now()
+                    raise Stopped(number)
+                batch = next(batches)
+                latents, text, pooled = prepare_batch(pipe, batch, empty)
+                noise, t = (batch[k].to(device, non_blocking=True) for k in ("noise", "timestep"))
+                t = torch.cat([t, t])
+                noisy = noise_scheduler.add_noise(latents, torch.cat([noise, noise]), t).to(dtype)
+                with accelerator.accumulate(model):
+                    with torch.no_grad(), accelerator.autocast(), base_model() as base:
+                        base_pred = predict(base, noisy, t, text, pooled)
+                    loss, argument, m, r = dpo_loss(predict(model, noisy, t, text, pooled), base_pred, noise, s.beta_dpo)
+                    if progress["step"] == 0 and not sums.any():
+                        check_start(argument)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parameters, s.max_grad_norm)
+                        norm = float("nan" if norm is None else norm)
+                        # The scaler of fp16 and DeepSpeed leave out such a step by themselves, and have to see it.
+                        sees_it = accelerator.scaler is not None or accelerator.distributed_type == "DEEPSPEED"
+                        if math.isfinite(norm) or sees_it:
+                            optimizer.step()
+                    optimizer.zero_grad()
+                accuracy = (argument > 0).float() + (argument == 0).float() / 2
+                sums += torch.stack([loss, accuracy.mean(), m.mean(), r.mean()]).detach()
+                left_out += torch.stack([batch["ties"].sum(), batch["unreadable"].sum()])
+            figures = torch.cat([sums / (accumulation * world), left_out.to(device)])
+            loss, accuracy, m, r, ties, unreadable = accelerator.reduce(figures, "sum").tolist()
+            skipped = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
+            skipped |= not math.isfinite(norm) and accelerator.distributed_type != "DEEPSPEED"
+
+            for key, more in (("step", 1), ("pairs", size), ("skipped", skipped)):
+                progress[key] += int(more)
+            for key, more in (("ties", ties), ("unreadable", unreadable)):
+                progress[key] += 0 if s.cache_dir else int(more)
+            progress["skipped_in_row"] = progress["skipped_in_row"] + 1 if skipped else 0
+            step = progress["step"]
+            row = {"loss": loss, "implicit_accuracy": accuracy, "model_mse": m, "reference_mse": r}
+            row |= {"learning_rate": rate, "grad_norm": norm, "pairs_per_second": size / (time.perf_counter() - began)}
+            row |= {k: progress[k] for k in ("skipped", "ties", "unreadable")}
+            accelerator.log(row, step=step)
+            if main:
+                add_metrics(out / "metrics.csv", {"step": step} | row)
+            bar.update(size)
+            bar.set_postfix_str(f"step {step}, loss {loss:.4f}, accuracy {accuracy:.2f}, mse {m:.4f}, reference's {r:.4f}")
+            loader_state = loader.state_dict()
+            if skipped:
+                say(f"step {step}: loss or gradient is not finite; step skipped ({progress['skipped']} so far)")
+            elif before is not None:
+                check_moved(before, parameters, rate, accelerator)
+                before = None
+            if progress["skipped_in_row"] >= MAX_SKIPPED:
+                raise UserError(
+                    f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row; the last checkpoint in "
+                    f"{out / 'checkpoints'} is from before: resume it with a lower --learning-rate, or train in bf16"
+                )
+            if m > s.max_mse_ratio * r:
                 checkpoint_now()
-                raise Stopped(number)
-            batch = next(batches)
-            latents, text, pooled = prepare_batch(pipe, batch, empty)
-            noise, t = (batch[k].to(device, non_blocking=True) for k in ("noise", "timestep"))
-            t = torch.cat([t, t])
-            noisy = noise_scheduler.add_noise(latents, torch.cat([noise, noise]), t).to(dtype)
-            with accelerator.accumulate(model):
-                with torch.no_grad(), accelerator.autocast(), adapter_off(unet) if s.lora_rank else contextlib.nullcontext():
-                    reference_pred = predict(reference or model, noisy, t, text, pooled)
-                loss, argument, m, r = dpo_loss(predict(model, noisy, t, text, pooled), reference_pred, noise, s.beta_dpo)
-                if progress["step"] == 0 and not sums.any() and (far := argument.detach().abs().mean().item()) > 0.1:
-                    raise UserError(
-                        f"model and reference differ before training (mean argument {far:.3g}, should be 0), so their "
-                        "differences mean nothing; use --mixed-precision bf16 or no, and not DeepSpeed"
-                    )
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, s.max_grad_norm)
-                    grad_norm = float("nan") if grad_norm is None else float(grad_norm)
-                    # The scaler of fp16 leaves out such a step by itself, and has to see it to lower its scale.
-                    if math.isfinite(grad_norm) or accelerator.scaler or accelerator.distributed_type == "DEEPSPEED":
-                        optimizer.step()
-                optimizer.zero_grad()
-            right = (argument > 0).float() + (argument == 0).float() / 2
-            sums += torch.stack([loss, right.mean(), m.mean(), r.mean()]).detach()
-            left_out += torch.stack([batch["ties"].sum(), batch["unreadable"].sum()])
-        *left_out, loss, accuracy, m, r = accelerator.reduce(
-            torch.cat([left_out.to(device), sums / (accumulation * world)]), "sum"
-        ).tolist()
-        skipped = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
-        skipped |= not math.isfinite(grad_norm) and accelerator.distributed_type != "DEEPSPEED"
-        progress["step"] += 1
-        progress["pairs"] += s.effective_batch_size
-        progress["ties"] += 0 if s.cache_dir else int(left_out[0])
-        progress["unreadable"] += 0 if s.cache_dir else int(left_out[1])
-        progress["skipped"] += skipped
-        progress["skipped_in_row"] = progress["skipped_in_row"] + 1 if skipped else 0
-        seconds = time.perf_counter() - began
-        row = {"loss": loss, "implicit_accuracy": accuracy, "model_mse": m, "reference_mse": r, "learning_rate": rate}
-        row |= {"grad_norm": grad_norm, "pairs_per_second": s.effective_batch_size / seconds}
-        row |= {k: progress[k] for k in ("skipped", "ties", "unreadable")}
-        bar.update(s.effective_batch_size)
-        bar.set_postfix(
-            {"step": progress["step"], "loss": f"{loss:.4f}", "acc": f"{accuracy:.2f}", "mse": f"{m:.4f}/{r:.4f}"}
-        )
-        accelerator.log(row, step=progress["step"])
-        if accelerator.is_main_process:
-            add_metrics(out / "metrics.csv", {"step": progress["step"]} | row)
-        if skipped:
-            say(f"step {progress['step']}: loss or gradient is not finite; step skipped ({progress['skipped']} so far)")
-        elif before is not None:
-            check_moved(before, parameters, rate, accelerator)
-            before = None
-        if progress["skipped_in_row"] >= MAX_SKIPPED:
-            raise UserError(
-                f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row; the last checkpoint in "
-                f"{out / 'checkpoints'} is from before: resume it with a lower --learning-rate, or train in bf16"
-            )
-        loader_state = loader.state_dict()
-        if m > s.max_mse_ratio * r:
-            checkpoint_now()
-            raise UserError(
-                f"step {progress['step']}: the model's noise error {m:.4f} exceeds {s.max_mse_ratio:g} times the "
-                f"reference's {r:.4f}, so it is losing what it knew; start again with a lower --learning-rate, or resume "
-                "with a larger --max-mse-ratio (checkpoints of this step and before are kept)"
-            )
-        last = progress["step"] >= s.max_train_steps
-        if s.validate_every and (last or progress["step"] % s.validate_every == 0):
-            validate(pipe, prompts, accelerator, out, progress["step"], resolution)
-        if last or progress["step"] % s.checkpoint_every == 0:
-            checkpoint_now()
-            if accelerator.is_main_process:
-                plot_metrics(out)
-    bar.close()
+                raise UserError(
+                    f"step {step}: the model's noise error {m:.4f} exceeds {s.max_mse_ratio:g} times the reference's "
+                    f"{r:.4f}: it is losing what it knew; start again with a lower --learning-rate, or resume with a larger "
+                    "--max-mse-ratio (checkpoints of this step and before are kept)"
+                )
+            last = step >= s.max_train_steps
+            if s.validate_every and (last or step % s.validate_every == 0):
+                validate(pipe, model, prompts, accelerator, out, step, resolution)
+            if last or step % s.checkpoint_every == 0:
+                checkpoint_now()
 
     weights = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        if s.lora_rank:
-            weights = get_peft_model_state_dict(unet, state_dict=weights)
+    if main:
         summary = {"steps": progress["step"], "effective_learning_rate": lr, "processes": world}
         summary |= {k: progress[k] for k in ("pairs", "ties", "unreadable", "skipped")}
         summary |= {f"{m.__name__}_version": str(m.__version__) for m in (torch, diffusers, transformers)}
@@ -1246,40 +1270,30 @@ def run(s, rows, prompts, out: Path, accelerator: Accelerator, accumulation: int
     accelerator.wait_for_everyone()
 
 
-def check_same(s: Settings, progress: dict, accelerator: Accelerator) -> None:
-    """UserError where a resumed run differs from its checkpoint in what cannot change; a line for each other difference."""
-    if progress["processes"] != accelerator.num_processes:
+def check_start(argument: torch.Tensor) -> None:
+    """UserError unless model and reference agree, as they must before the first step."""
+    far = argument.detach().abs().mean().item()
+    if far > 0.1:
         raise UserError(
-            f"--resume: the checkpoint is of {progress['processes']} processes and its positions in the data fit no other "
-            f"number, these are {accelerator.num_processes}; use as many"
+            f"model and reference differ before training (mean argument {far:.3g}, should be 0), so their differences mean "
+            "nothing; use --mixed-precision bf16 or no"
         )
-    for key, value in asdict(s).items():
-        old = progress["settings"].get(key, value)
-        if key == "cache_dir" and bool(old) == bool(value):
-            continue
-        if old != value and (key not in MAY_CHANGE or key == "cache_dir"):
-            raise UserError(f"--resume: the checkpoint was made with {key} {old!r}, this run has {value!r}; use the same")
-        if old != value and key not in ("output_dir", "resume"):
-            accelerator.print(f"{key} is {value!r} from here on; it was {old!r}")
 
 
 def check_moved(before, parameters, rate: float, accelerator: Accelerator) -> None:
-    """Print which share of the weights a step changed; UserError when none did, warning when most did not."""
+    """Print which share of the weights a step changed; UserError when none did, a warning when most did not."""
     pairs = list(zip(before, probe(parameters), strict=True))
     counts = [sum(int((a != b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)]
     moved, total = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
-    accelerator.print(
-        f"the first step, at learning rate {rate:.3g}, moved {100 * moved / total:.1f} % of {total} weights looked at"
-    )
+    share = f"{100 * moved / total:.1f} % of {total} weights looked at"
+    accelerator.print(f"the first step, at learning rate {rate:.3g}, moved {share}")
     if not moved:
         raise UserError(
             f"no weight moved in the first step: at learning rate {rate:.3g} steps are smaller than the spacing of float32 "
             "numbers; use --scale-lr, or a larger --learning-rate"
         )
     if moved < 0.5 * total:
-        accelerator.print(
-            "warning: most steps are lost in rounding at this rate, which warm-up may explain", file=sys.stderr
-        )
+        print("warning: most steps are lost in rounding at this rate, which is that of warm-up", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

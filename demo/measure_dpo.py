@@ -94,8 +94,8 @@ def main() -> None:
         *(f"| {' | '.join(r)} |" for r in rows),
         "",
         f"Base preferred {100 * (s.n - wins - ties) / s.n:.1f} %, equal {ties} of {s.n}; two-sided binomial p = {p:.2g}. "
-        f"Mean gain in reward {gain.mean():.3f} (95 % paired bootstrap {low:.3f} to {high:.3f}): the annotator, whose labels "
-        f"are noisy, would choose the trained picture in {100 * np.mean(1 / (1 + np.exp(-gain))):.1f} %. "
+        f"Mean gain in reward {gain.mean():.3f} (95 % paired bootstrap {low:.3f} to {high:.3f}): the annotator, its "
+        f"labels being noisy, would choose the trained picture in {100 * np.mean(1 / (1 + np.exp(-gain))):.1f} %. "
         f"{s.num_inference_steps} DDIM steps, guidance {s.guidance_scale:g}, seeds {s.seed} to {s.seed + s.n - 1}, "
         f"{len(set(scenes))} different captions ({s.split}); float32 on the CPU, torch {torch.__version__.split('+')[0]}, "
         f"diffusers {diffusers.__version__}, transformers {transformers.__version__}.",
