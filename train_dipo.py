@@ -115,8 +115,8 @@ class Settings:
     """pixels of a side, after resize and centre crop; default: the model's own, 1024 for SDXL"""
     mixed_precision: str = "auto"
     """bf16, fp16 or no, over float32 weights; auto: bf16 on GPUs that have it, fp16 on others, no on the CPU"""
-    gradient_checkpointing: bool | None = None
-    """compute activations twice to save memory; default: on GPUs"""
+    gradient_checkpointing: bool = True
+    """compute activations twice to save memory"""
     shuffle_buffer: int = 1000
     """pairs that are shuffled among each other, in memory once per data worker"""
     num_workers: int | None = None
@@ -159,6 +159,7 @@ DEMO = {
     "beta_dpo": 1000.0,
     "optimizer": "adamw",
     "caption_dropout": 0.0,
+    "gradient_checkpointing": False,
     "checkpoint_every": 25,
     "validate_every": 50,
     "validation_prompts": "assets/demo/prompts.txt",
@@ -912,6 +913,7 @@ def save_result(s: Settings, out: Path, unet: UNet2DConditionModel, weights: dic
     part = out / ".result.part"
     shutil.rmtree(part, ignore_errors=True)
     if s.lora_rank:
+        weights = get_peft_model_state_dict(unet, state_dict=weights)
         layers = convert_state_dict_to_diffusers({k: v.to(dtype) for k, v in weights.items()})
         StableDiffusionXLPipeline.save_lora_weights(part, unet_lora_layers=layers)
         os.replace(part / "pytorch_lora_weights.safetensors", out / "pytorch_lora_weights.safetensors")
@@ -1131,7 +1133,7 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
         casts_all = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
         reference = make_reference(unet, dtype, norms=dtype if casts_all else torch.float32)
     unet.train()
-    if s.gradient_checkpointing if s.gradient_checkpointing is not None else device.type == "cuda":
+    if s.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if accelerator.state.deepspeed_plugin:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = s.train_batch_size
@@ -1236,7 +1238,7 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
             if skipped:
                 say(f"step {step}: loss or gradient is not finite; step skipped ({progress['skipped']} so far)")
             elif before is not None:
-                check_moved(before, parameters, rate, accelerator)
+                check_moved(before, parameters, rate, s.lora_rank > 0, accelerator)
                 before = None
             if progress["skipped_in_row"] >= MAX_SKIPPED:
                 raise UserError(
@@ -1280,10 +1282,11 @@ def check_start(argument: torch.Tensor) -> None:
         )
 
 
-def check_moved(before, parameters, rate: float, accelerator: Accelerator) -> None:
-    """Print which share of the weights a step changed; UserError when none did, a warning when most did not."""
-    pairs = list(zip(before, probe(parameters), strict=True))
-    counts = [sum(int((a != b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)]
+def check_moved(before, parameters, rate: float, lora: bool, accelerator: Accelerator) -> None:
+    """Print which share of the weights a step changed; UserError when none did, a warning when most did not. Zeros are left
+    out, as any step changes them, but for a LoRA, half of which starts as zeros."""
+    pairs = [(a, b, (a != 0) | lora) for a, b in zip(before, probe(parameters), strict=True)]
+    counts = [sum(int(((a != b) & mask).sum()) for a, b, mask in pairs), sum(int(mask.sum()) for *_, mask in pairs)]
     moved, total = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
     share = f"{100 * moved / total:.1f} % of {total} weights looked at"
     accelerator.print(f"the first step, at learning rate {rate:.3g}, moved {share}")
@@ -1292,7 +1295,7 @@ def check_moved(before, parameters, rate: float, accelerator: Accelerator) -> No
             f"no weight moved in the first step: at learning rate {rate:.3g} steps are smaller than the spacing of float32 "
             "numbers; use --scale-lr, or a larger --learning-rate"
         )
-    if moved < 0.5 * total:
+    if moved < 0.4 * total and accelerator.is_main_process:
         print("warning: most steps are lost in rounding at this rate, which is that of warm-up", file=sys.stderr)
 
 
