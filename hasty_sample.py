@@ -112,7 +112,7 @@ EXAMPLE_PROMPTS = (
 )
 
 DEMO_MODEL = "assets/demo/sdxl"
-DEMO_DPO_UNET = "assets/demo/sdxl/unet"
+DEMO_DPO_UNET = "assets/demo/dpo-unet"
 DEMO_PROMPTS = "assets/demo/prompts.txt"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SPACINGS = ("leading", "trailing", "linspace")

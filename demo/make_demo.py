@@ -10,7 +10,8 @@ Stages, in order:
     vae       train the AutoencoderKL (64x64x3 to 16x16x4)
     details   train it further with a loss that counts edges more
     latents   encode all pictures and captions once
-    unet      train the UNet2DConditionModel on noise prediction, with SDXL's betas and 10 % dropped captions
+    unet      train the UNet2DConditionModel on noise prediction, with SDXL's betas and 10 % dropped captions; its state
+              after 1,000 steps stays in build/unet_early.pt, a source of worse pictures for demo/make_pairs.py
     export    write assets/demo/sdxl (fp16 safetensors) for StableDiffusionXLPipeline.from_pretrained
     measure   run demo/measure.py, which writes the figures in assets/demo/README.md
 
@@ -61,6 +62,7 @@ FILLERS = (
     "with",
     "night",
 )
+EARLY_STEP = 1000
 BETAS = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -439,6 +441,8 @@ def train_unet(s: Settings, build: Path) -> None:
     time_ids = torch.tensor([[world.SIZE, world.SIZE, 0, 0, world.SIZE, world.SIZE]], dtype=torch.float32)
 
     def step(i):
+        if i == EARLY_STEP:
+            torch.save(ema.state_dict(), build / "unet_early.pt")
         g = torch_rng_of(s.seed, 4, i)
         rows = torch.randint(len(labels), (32,), generator=g)
         x = data["latents"][rows].float()

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from conftest import DEMO, ROOT
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
 import hasty_sample as hs
 
@@ -147,7 +147,8 @@ def test_800_steps_from_t_800_would_miss_the_mean():
 
 @pytest.fixture(scope="module")
 def stock_pipe():
-    pipe = StableDiffusionXLPipeline.from_pretrained(DEMO, add_watermarker=False).to(torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(ROOT / hs.DEMO_DPO_UNET)
+    pipe = StableDiffusionXLPipeline.from_pretrained(DEMO, unet=unet, add_watermarker=False).to(torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe

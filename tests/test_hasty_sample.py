@@ -389,7 +389,7 @@ def test_the_default_hub_names_load_from_the_hubs_cache(tmp_path):
     shutil.copytree(DEMO, base, ignore=shutil.ignore_patterns("unet", "vae"))
     for weights in list(base.rglob("*.safetensors")):
         weights.rename(weights.with_name(f"{weights.stem}.fp16.safetensors"))
-    shutil.copytree(DEMO / "unet", snapshot(defaults.dpo_unet) / "unet")
+    shutil.copytree(ROOT / hs.DEMO_DPO_UNET, snapshot(defaults.dpo_unet) / "unet")
     shutil.copytree(DEMO / "vae", snapshot(defaults.vae))
     (tmp_path / "p.txt").write_text("a landscape with red hills under a white sky and a yellow sun")
     flags = ("--prompts", "p.txt", "--num-inference-steps", 4, "--output-dir")

@@ -766,3 +766,15 @@ def test_demo_settings_fill_in_where_nothing_was_given():
     s = td.with_demo(td.Settings(demo=True, beta_dpo=123.0, output_dir="mine"))
     assert s.beta_dpo == 123 and s.dataset == td.DEMO["dataset"] and s.cache_dir == "mine/cache"
     assert s.max_train_steps == td.DEMO["max_train_steps"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [(), ("--lora-rank", "4")])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_on_a_gpu(train, tmp_path, precision, flags):
+    flags = ("--device", "auto", "--mixed-precision", precision, "--num-workers", 1, "--learning-rate", "1e-4", *flags)
+    code, _, err = train("--output-dir", "out", "--max-train-steps", 6, *flags)
+    assert code == 0, err
+    metrics = pd.read_csv(tmp_path / "out/metrics.csv")
+    assert metrics.loss[0] == pytest.approx(math.log(2), abs=1e-4) and np.isfinite(metrics.loss).all()
+    assert (metrics.loss - math.log(2)).abs().iloc[-1] > 1e-4
