@@ -4,8 +4,8 @@ DIPO changes no training objective (README.md says why): the UNet that this scri
 steps with hasty_sample.py. The defaults are the paper's: SDXL 1.0, Pick-a-Pic, 2048 pairs a step, beta 5000.
 
     python train_dipo.py --demo                                          # the small model in assets/demo, without GPU
-    python train_dipo.py --output-dir models/dipo --train-batch-size 4   # SDXL in full on one 80 GB GPU
-    python train_dipo.py --output-dir models/lora --lora-rank 64         # a LoRA, for 24 GB
+    python train_dipo.py --output-dir models/dipo --train-batch-size 4   # SDXL in full, four pairs at a time on one GPU
+    python train_dipo.py --output-dir models/lora --lora-rank 64         # a LoRA: one UNet in memory instead of two
     accelerate launch train_dipo.py --output-dir models/dipo             # all GPUs of this machine
     accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip 10.0.0.1 \\
         --main_process_port 29500 train_dipo.py --output-dir /shared/dipo      # the same on machine 1 with --machine_rank 1
@@ -1026,7 +1026,14 @@ def train(s: Settings) -> None:
     accumulation = accumulation_steps(s.effective_batch_size, s.train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
     if s.mixed_precision == "auto":
         cuda = torch.cuda.is_available() and s.device != "cpu"
-        s = replace(s, mixed_precision="no" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+        s = replace(
+            s,
+            mixed_precision="no"
+            if not cuda
+            else "bf16"
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else "fp16",
+        )
     rows = None if read_cache_note(s).get("complete") else open_dataset(s.dataset)
     accelerator = Accelerator(
         cpu=s.device == "cpu",
@@ -1206,6 +1213,7 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(parameters, s.max_grad_norm)
+                        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
                         norm = float("nan" if norm is None else norm)
                         # The scaler of fp16 and DeepSpeed leave out such a step by themselves, and have to see it.
                         sees_it = accelerator.scaler is not None or accelerator.distributed_type == "DEEPSPEED"

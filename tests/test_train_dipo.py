@@ -768,6 +768,14 @@ def test_demo_settings_fill_in_where_nothing_was_given():
     assert s.max_train_steps == td.DEMO["max_train_steps"]
 
 
+@pytest.mark.parametrize(("name", "kind"), [("fsdp", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])
+def test_the_launch_configurations_are_accelerates(name, kind):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / f"configs/{name}.yaml"))
+    assert config.distributed_type == kind and config.mixed_precision == "bf16"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", "4")])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
