@@ -9,14 +9,17 @@ steps with hasty_sample.py. The defaults are the paper's: SDXL 1.0, Pick-a-Pic, 
     accelerate launch train_dipo.py --output-dir models/dipo             # all GPUs of this machine
     accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip 10.0.0.1 \\
         --main_process_port 29500 train_dipo.py --output-dir /shared/dipo      # the same on machine 1 with --machine_rank 1
-    accelerate launch --config_file configs/fsdp.yaml train_dipo.py --output-dir models/dipo
-    accelerate launch --config_file configs/deepspeed_zero2.yaml train_dipo.py --output-dir models/dipo
+    accelerate launch --config_file configs/fsdp.yaml train_dipo.py --optimizer adamw --output-dir models/dipo
+    accelerate launch --config_file configs/deepspeed_zero2.yaml train_dipo.py --optimizer adamw --output-dir models/dipo
     python train_dipo.py --output-dir models/dipo --resume               # go on after Ctrl-C, SIGTERM or kill -9
     python hasty_sample.py --dpo-unet models/dipo                        # sample the result; --dpo-lora for a LoRA
 
 To use other models or data, edit the paths at the top of Settings or pass them as flags. Data are a hub data set or
 parquet files with Pick-a-Pic's columns: jpg_0, jpg_1 (encoded pictures), caption, label_0 (1: jpg_0 wins, 0: jpg_1 wins,
 anything else: a tie, not used).
+
+SIGTERM and Ctrl-C end a run with a checkpoint. accelerate launch kills its processes 30 seconds after them, which may be too
+soon for all of SDXL; newer versions of torch wait for as many seconds as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
 
 The output folder gets unet/ (or pytorch_lora_weights.safetensors), settings.yaml, README.md (a model card), metrics.csv,
 loss.png, validation/ (base above trained, same seeds), TensorBoard's events under tensorboard/, and checkpoints/.
@@ -36,6 +39,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 import zlib
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +52,7 @@ import huggingface_hub.errors
 import matplotlib.figure
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 import transformers
@@ -63,6 +68,8 @@ from filelock import FileLock, Timeout
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
@@ -85,7 +92,7 @@ class Settings:
     cache_dir: str = ""
     """encode pictures and captions once, ahead, into this folder (0.8 MB a pair at 1024 pixels), for several epochs"""
     max_train_pairs: int | None = None
-    """use the first N usable pairs only"""
+    """use the first N pairs with a winner only"""
 
     max_train_steps: int = 1000
     """optimizer steps"""
@@ -108,7 +115,7 @@ class Settings:
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     caption_dropout: float = 0.2
-    """share of pairs trained without their caption, as the reference trainer's --proportion_empty_prompts"""
+    """share of pairs trained on the unconditional side, SDXL's zeros (the reference trainer: on an empty caption)"""
     lora_rank: int = 0
     """train a LoRA of this rank instead of all weights; the reference model is then the same UNet without it"""
     resolution: int | None = None
@@ -234,6 +241,8 @@ def check_settings(s: Settings) -> None:
         value = getattr(s, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: use {least} or more")
+    if not 0 <= s.weight_decay < math.inf:
+        raise UserError(f"--weight-decay {s.weight_decay}: use 0 or more")
     for name in ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio"):
         value = getattr(s, name)
         if not (value > 0 and math.isfinite(value)):
@@ -380,8 +389,7 @@ class Pairs(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        limit = self.limit if self.limit is None else self.limit // workers + (worker < self.limit % workers)
+        worker = info.id if info else 0
         at = self.at
         while self.epochs is None or at["epoch"] < self.epochs:
             self.rows.set_epoch(at["epoch"])
@@ -389,7 +397,7 @@ class Pairs(torch.utils.data.IterableDataset):
                 self.rows.load_state_dict(at["rows"])
             rows, used = iter(self.rows), at["first"] + at["next"] > 0
             while True:
-                room = self.shuffle_buffer if limit is None else min(self.shuffle_buffer, limit - at["first"])
+                room = self.shuffle_buffer if self.limit is None else min(self.shuffle_buffer, self.limit - at["first"])
                 block, ties = self.read_block(rows, room)
                 if at["next"] == 0 and self.turn == 0:
                     at["ties"] += ties
@@ -433,13 +441,13 @@ class Pairs(torch.utils.data.IterableDataset):
 
 
 def start_worker(_: int) -> None:
-    """Signals are the main process's business."""
+    """Signals are the main process's business, also where a launcher sends them to all. Workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(pairs: Pairs, batch_size: int, num_workers: int, pin_memory: bool) -> StatefulDataLoader:
-    workers = min(num_workers, pairs.num_shards)
+    workers = min(num_workers, pairs.num_shards if pairs.limit is None else 1)
     # Forked workers hang in threads that reading the data has started here before.
     more = {"worker_init_fn": start_worker, "multiprocessing_context": "spawn"} if workers else {}
     return StatefulDataLoader(pairs, batch_size=batch_size, num_workers=workers, pin_memory=pin_memory, **more)
@@ -641,10 +649,12 @@ def fill_cache(s: Settings, rows, pipe: StableDiffusionXLPipeline, accelerator: 
     wanted = {k: getattr(s, k) for k in ("dataset", "base_model", "vae", "max_train_pairs")}
     wanted |= {"resolution": resolution, "dtype": str(pipe.vae.dtype)}
     note = folder / "cache.json"
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not read_cache_note(s):
+    if accelerator.is_main_process and not read_cache_note(s):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
             write_text(note, json.dumps(wanted | {"processes": world}))
+        except OSError as e:
+            raise UserError(f"--cache-dir {s.cache_dir}: cannot be written to ({e.strerror}); give another") from e
     accelerator.wait_for_everyone()
     found = read_cache_note(s)
     for key, value in wanted.items():
@@ -660,23 +670,17 @@ def fill_cache(s: Settings, rows, pipe: StableDiffusionXLPipeline, accelerator: 
     pairs = Pairs(rows, lambda row: read_pair(row, resolution), lambda key: {}, s.seed, 1, rank, world, s.max_train_pairs, 1)
     loader = make_loader(pairs, 8, 0, False)
     shards = sorted(folder.glob(f"{rank:04d}-*.parquet"))
-    counts = {"pairs": 0, "ties": 0, "unreadable": 0}
+    counts, shapes, done = {"pairs": 0, "ties": 0, "unreadable": 0}, None, []
     if shards:
-        import pyarrow.parquet
-
         saved = json.loads(pyarrow.parquet.read_schema(shards[-1]).metadata[b"dipo"])
         loader.load_state_dict(saved["loader"])
-        counts = saved["counts"]
-    shapes, done = found.get("shapes"), []
+        counts, shapes = saved["counts"], saved["shapes"]
     bar = tqdm(desc="encoding", unit="pair", initial=counts["pairs"], total=s.max_train_pairs)
     bar.disable = not accelerator.is_main_process
 
     def write_shard() -> None:
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        table = pa.Table.from_pylist(done)
-        record = json.dumps({"loader": loader.state_dict(), "counts": counts})
+        table = pyarrow.Table.from_pylist(done)
+        record = json.dumps({"loader": loader.state_dict(), "counts": counts, "shapes": shapes})
         path = folder / f"{rank:04d}-{len(shards):06d}.parquet"
         pyarrow.parquet.write_table(table.replace_schema_metadata({b"dipo": record}), path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
@@ -735,10 +739,17 @@ def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict, loader_
     folder = out / "checkpoints" / f"step-{progress['step']:07d}"
     part = folder.with_suffix(".part")
     if accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
+        for left_over in (out / "checkpoints").glob("*.part"):
+            shutil.rmtree(left_over)
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(part))
+    try:
+        accelerator.save_state(str(part))
+    except (OSError, RuntimeError, SafetensorError) as e:
+        # safetensors and torch.save tell a full disk in their own ways.
+        if shutil.disk_usage(out).free > 1e8 and not re.search("No space left|quota|inline_container", str(e)):
+            raise
+        raise UserError(f"{out}: the disk is full; earlier checkpoints are whole, make room and go on with --resume") from e
     write_text(part / f"loader-{accelerator.process_index}.json", json.dumps(loader_state))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -768,7 +779,6 @@ def find_checkpoint(out: Path) -> Path | None:
 
 def lora_hooks(accelerator: Accelerator, unet: UNet2DConditionModel) -> None:
     """Have checkpoints hold the LoRA alone instead of the whole frozen UNet with it."""
-    from safetensors.torch import load_file, save_file
 
     def save(models, weights, folder):
         if accelerator.is_main_process:
@@ -850,21 +860,22 @@ def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int, font: 
 
 
 @torch.no_grad()
-def validate(pipe, unet, prompts: list[str], accelerator: Accelerator, out: Path, step: int, resolution: int) -> None:
+def validate(pipe, unet, prompts: list[str], accelerator: Accelerator, autocast, out: Path, step: int, resolution: int):
     """validation/step-N.png: the base model's pictures above those of this step, 30 DDIM steps, guidance 5, same seeds.
     Step 0 is the base model. Every process samples, as a UNet in parts needs all of them, and the first one writes."""
     folder, name, main = out / "validation", f"{step:07d}" if step else "base", accelerator.is_main_process
     folder.mkdir(exist_ok=True)
     trained_unet, training = pipe.unet, unet.training
     pipe.unet = accelerator.unwrap_model(unet).eval()
+    size = {"height": resolution, "width": resolution, "output_type": "latent"}
     for i, prompt in enumerate(tqdm(prompts, desc="validation", leave=False, disable=not main)):
-        with accelerator.autocast():
+        with autocast():
             generator = torch.Generator().manual_seed(i)
-            done = pipe(
-                prompt, num_inference_steps=30, guidance_scale=5.0, generator=generator, height=resolution, width=resolution
-            )
+            latents = pipe(prompt, num_inference_steps=30, guidance_scale=5.0, generator=generator, **size).images
         if main:
-            done.images[0].save(folder / f".{name}-{i}.part", format="PNG")
+            decoded = pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
+            image = pipe.image_processor.postprocess(decoded.float())[0]
+            image.save(folder / f".{name}-{i}.part", format="PNG")
             os.replace(folder / f".{name}-{i}.part", folder / f"{name}-{i}.png")
     pipe.unet.train(training)
     pipe.unet = trained_unet
@@ -880,9 +891,9 @@ def validate(pipe, unet, prompts: list[str], accelerator: Accelerator, out: Path
 
 def plot_metrics(out: Path) -> None:
     """loss.png: loss, implicit accuracy and noise errors over the steps, each step and a running mean."""
-    table = pd.read_csv(out / "metrics.csv")
-    if table.empty:
+    if not (out / "metrics.csv").exists():
         return
+    table = pd.read_csv(out / "metrics.csv")
     window = max(1, len(table) // 20)
     figure = matplotlib.figure.Figure(figsize=(7, 7.5), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True)
@@ -991,7 +1002,7 @@ def probe(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
 
 
 def open_metrics(path: Path, step: int) -> None:
-    """Leave the rows up to the step that a resumed run goes on from; an empty file with a header for a new run."""
+    """Leave the rows up to the step that a resumed run goes on from, no file for a new run."""
     if step and path.exists():
         table = pd.read_csv(path)
         write_text(path, table[table.step <= step].to_csv(index=False))
@@ -1049,6 +1060,10 @@ def train(s: Settings) -> None:
             run(s, rows, prompts, out, accelerator, accumulation)
             if accelerator.is_main_process:
                 (out / ".lock").unlink()
+        accelerator.end_training()
+    except Stopped:
+        accelerator.end_training()
+        raise
     except Timeout as e:
         raise UserError(f"--output-dir {s.output_dir}: another run is writing there; wait for it, or give another") from e
     except torch.OutOfMemoryError as e:
@@ -1056,8 +1071,6 @@ def train(s: Settings) -> None:
             f"the GPU's memory does not hold {s.train_batch_size} pairs of this size; use a smaller --train-batch-size, "
             "--gradient-checkpointing, --optimizer adafactor, or --lora-rank 64"
         ) from e
-    finally:
-        accelerator.end_training()
 
 
 def find_progress(s: Settings, out: Path, accelerator: Accelerator) -> tuple[str, dict]:
@@ -1090,6 +1103,11 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
     """Everything between the checks of the settings and the result. rows: the data set, None with a finished cache."""
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     main, say = accelerator.is_main_process, accelerator.print
+    in_parts = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+    if in_parts and s.optimizer == "adafactor":
+        raise UserError("--optimizer adafactor: does not work on weights in parts (FSDP, DeepSpeed); use --optimizer adamw")
+    if in_parts and s.lora_rank:
+        raise UserError(f"--lora-rank {s.lora_rank}: has no use for FSDP or DeepSpeed; launch without their configuration")
     checkpoint, progress = find_progress(s, out, accelerator)
     if (
         rows is not None
@@ -1137,13 +1155,19 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
         add_lora(unet, s.lora_rank, dtype)
         lora_hooks(accelerator, unet)
     else:
-        casts_all = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
-        reference = make_reference(unet, dtype, norms=dtype if casts_all else torch.float32)
+        reference = make_reference(unet, dtype, norms=dtype if in_parts else torch.float32)
     unet.train()
     if s.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if accelerator.state.deepspeed_plugin:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = s.train_batch_size
+    if accelerator.distributed_type == "DEEPSPEED":
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config |= {"train_micro_batch_size_per_gpu": s.train_batch_size, "gradient_clipping": s.max_grad_norm}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     optimizer = make_optimizer(s, [p for p in unet.parameters() if p.requires_grad], lr)
     model, optimizer = accelerator.prepare(unet, optimizer)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -1159,6 +1183,9 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
     config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
     accelerator.init_trackers("dipo", config, {"tensorboard": {"purge_step": progress["step"] + 1}})
 
+    # FSDP and DeepSpeed cast by themselves; with autocast around it the reference would be computed otherwise.
+    autocast = contextlib.nullcontext if in_parts else accelerator.autocast
+
     @contextlib.contextmanager
     def base_model():
         """The model that training started from, for what is done inside."""
@@ -1167,7 +1194,7 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
 
     if s.validate_every and not (checkpoint and same_prompts and (out / f"validation/base-{len(prompts) - 1}.png").exists()):
         with base_model() as base:
-            validate(pipe, base, prompts, accelerator, out, 0, resolution)
+            validate(pipe, base, prompts, accelerator, autocast, out, 0, resolution)
 
     time_ids = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], device=device, dtype=dtype)
 
@@ -1205,7 +1232,7 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
                 t = torch.cat([t, t])
                 noisy = noise_scheduler.add_noise(latents, torch.cat([noise, noise]), t).to(dtype)
                 with accelerator.accumulate(model):
-                    with torch.no_grad(), accelerator.autocast(), base_model() as base:
+                    with torch.no_grad(), autocast(), base_model() as base:
                         base_pred = predict(base, noisy, t, text, pooled)
                     loss, argument, m, r = dpo_loss(predict(model, noisy, t, text, pooled), base_pred, noise, s.beta_dpo)
                     if progress["step"] == 0 and not sums.any():
@@ -1245,7 +1272,7 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
             loader_state = loader.state_dict()
             if skipped:
                 say(f"step {step}: loss or gradient is not finite; step skipped ({progress['skipped']} so far)")
-            elif before is not None:
+            elif before is not None and accelerator.distributed_type != "DEEPSPEED":  # which moves float32 copies
                 check_moved(before, parameters, rate, s.lora_rank > 0, accelerator)
                 before = None
             if progress["skipped_in_row"] >= MAX_SKIPPED:
@@ -1262,7 +1289,7 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
                 )
             last = step >= s.max_train_steps
             if s.validate_every and (last or step % s.validate_every == 0):
-                validate(pipe, model, prompts, accelerator, out, step, resolution)
+                validate(pipe, model, prompts, accelerator, autocast, out, step, resolution)
             if last or step % s.checkpoint_every == 0:
                 checkpoint_now()
 
@@ -1324,26 +1351,37 @@ def parse_settings(cls, description: str):
         raise
 
 
+def end(message: str, code: int) -> None:
+    """Print the last line and exit. One process of several must not wait for the others to end in order, as these may be
+    waiting for it; and what all of them found out is said by the first, which has ended the others before they speak."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(10)
+        message = f"[process {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
 def main() -> None:
     s = parse_settings(Settings, __doc__)
     try:
         train(s)
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        end(f"error: {e}", 2)
     except Stopped as e:
         if os.environ.get("RANK", "0") == "0":
             print("stopped; a checkpoint is written, the same command with --resume goes on", file=sys.stderr)
         sys.exit(128 + e.args[0])
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        print(f"error: {s.output_dir}: {e.strerror}; make room and go on with --resume", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        end("stopped; --resume goes on from the last checkpoint", 130)
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            end(f"error: {s.output_dir}: {e.strerror}; make room and go on with --resume", 2)
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        end(traceback.format_exc(), 1)
 
 
 if __name__ == "__main__":

@@ -496,6 +496,37 @@ def test_sigterm_within_an_accumulation_leaves_a_checkpoint_and_nothing_is_lost(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_stop_within_the_first_step_and_the_ways_of_a_full_disk(train, tmp_path, monkeypatch):
+    encode, save = td.prepare_batch, td.Accelerator.save_state
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return encode(*arguments)
+
+    monkeypatch.setattr(td, "prepare_batch", interrupted)
+    code, _, err = train("--output-dir", "out", "--max-train-steps", 2)
+    assert code == 130 and "--resume goes on" in err and "Traceback" not in err
+    assert [p.name for p in (tmp_path / "out/checkpoints").iterdir()] == ["step-0000000"]
+
+    monkeypatch.setattr(td, "prepare_batch", encode)
+    for error in (
+        td.SafetensorError("Error while serializing: No space left on device"),
+        OSError(28, "No space left on device"),
+    ):
+
+        def full(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(td.Accelerator, "save_state", full)
+        code, _, err = train("--output-dir", "out", "--max-train-steps", 2, "--resume")
+        assert code == 2 and "the disk is full; earlier checkpoints are whole" in err and "Traceback" not in err
+    monkeypatch.setattr(td.Accelerator, "save_state", save)
+    assert train("--output-dir", "out", "--max-train-steps", 2, "--resume")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "out/checkpoints").iterdir()) == ["step-0000000", "step-0000002"]
+    assert train("--output-dir", "whole", "--max-train-steps", 2)[0] == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest"])
 def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, damage):
     flags = ("--output-dir", "out", "--max-train-steps", 4)
@@ -729,6 +760,8 @@ def test_bad_data_end_with_one_line(train, tmp_path, kind, said):
         (("--effective-batch-size", "10", "--train-batch-size", "4"), "use 8 or 12, or --train-batch-size 2 or 5"),
         (("--effective-batch-size", "3", "--train-batch-size", "4"), "use 4, or --train-batch-size 1 or 3"),
         (("--output-dir", "file"), "--output-dir file: cannot be written to"),
+        (("--cache-dir", "file"), "--cache-dir file: cannot be written to"),
+        (("--weight-decay", "-1"), "--weight-decay -1.0: use 0 or more"),
         (("--validation-prompts", "nothing.txt"), "give a .txt file with a prompt a line"),
         (("--resolution", "60"), "must be a multiple of 16"),
         (("--beta-dpo", "0"), "use a finite number above 0"),
