@@ -347,8 +347,10 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
 def merge_lora(pipe: StableDiffusionXLPipeline, name: str) -> None:
     """Load a LoRA and add it to the UNet's weights, so that sampling costs what it does without; UserError if it does not
     fit."""
+    path = find_path(name)
+    file = {"weight_name": "pytorch_lora_weights.safetensors"} if path and path.is_dir() else {}
     try:
-        pipe.load_lora_weights(str(find_path(name) or name), use_safetensors=True)
+        pipe.load_lora_weights(str(path or name), use_safetensors=True, **file)
         if not pipe.get_list_adapters().get("unet"):
             raise ValueError("it holds nothing for the UNet")
         pipe.fuse_lora(components=["unet"])
