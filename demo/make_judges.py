@@ -55,7 +55,7 @@ class Settings:
     """the demo's CLIP tokenizer"""
     groups: int = 6000
     """captions with GROUP pictures each, for each judge"""
-    steps: int = 2500
+    steps: int = 1200
     """optimizer steps"""
     batch: int = 32
     """groups a step"""
