@@ -148,6 +148,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
+# Copied from hasty_sample.device_name
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 # -------------------------------------------------------------------------------------------------------------- scorers
 
 

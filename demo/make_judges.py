@@ -1,6 +1,6 @@
 """Train the demo's two judges on the annotator's labels: stand-ins for PickScore and HPSv2, in the real ones' layouts.
 
-    python demo/make_judges.py                       # about 15 minutes on 2 CPU cores; goes on where it was stopped
+    python demo/make_judges.py                       # about 18 minutes on 2 CPU cores; goes on where it was stopped
     python demo/make_judges.py --judges pickscore    # one of them
 
 assets/demo/pickscore   a transformers CLIPModel with its processor, as yuvalkirstain/PickScore_v1

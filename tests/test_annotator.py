@@ -14,6 +14,7 @@ from conftest import DEMO, ROOT
 from diffusers import UNet2DConditionModel
 from PIL import Image, ImageEnhance
 
+import compare_quality as cq
 import hasty_sample as hs
 
 SHIPPED = ROOT / "assets/demo/pickapic"
@@ -129,3 +130,18 @@ def test_the_trained_unet_fits_the_demo_pipeline_and_is_preferred(demo_pipe):
         pictures = demo_pipe.image_processor.postprocess(hs.decode(demo_pipe.vae, latents))
         rewards.append(np.array([annotator.reward(p, c) for p, c in zip(pictures, captions, strict=True)]))
     assert (rewards[1] > rewards[0]).mean() > 0.6
+
+
+@pytest.mark.parametrize("judge", ["pickscore", "hpsv2"])
+def test_the_shipped_judges_agree_with_the_annotator(judge):
+    """demo/make_judges.py measures at least 80 % of the 364 held-out pairs that are no ties."""
+    s = cq.Settings(**cq.DEMO_JUDGES)
+    score = {"pickscore": cq.load_pickscore, "hpsv2": cq.load_hpsv2}[judge](s, torch.device("cpu"), torch.float32)
+    table = pd.read_parquet(SHIPPED / "test.parquet")
+    table = table[table.label_0 != 0.5]
+    scores = []
+    for k in (0, 1):
+        pictures = [Image.open(io.BytesIO(x)) for x in table[f"jpg_{k}"]]
+        scores.append(score(pictures, table.caption.tolist()).numpy())
+    right = (scores[0] > scores[1]) == (table.reward_0 > table.reward_1).to_numpy()
+    assert right.mean() > 0.76

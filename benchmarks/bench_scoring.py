@@ -1,0 +1,113 @@
+"""Time HPSv2 scoring: compare_quality.py's scorer in batches beside hpsv2.img_score.score called once per image and prompt.
+
+    python benchmarks/bench_scoring.py                    # ViT-H-14 with random weights: time does not depend on them
+    python benchmarks/bench_scoring.py --images 4         # a quick look
+
+Both get the same checkpoint, written for the run, the same pictures and prompts, and take turns within one run, rounds of
+each after one warm-up. hpsv2 1.2.0 lacks its vocabulary file; open_clip_torch's, which is the same, stands in for it. The
+scores are compared too. One row goes to benchmarks/scoring.csv, with the machine and the versions.
+"""
+
+import datetime
+import gzip
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+import time
+import unittest.mock
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pandas as pd
+import torch
+import tyro
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import compare_quality
+
+
+@dataclass
+class Settings:
+    images: int = 16
+    """images in each round"""
+    rounds: int = 2
+    """rounds of each way"""
+    batch_size: int = 8
+    """images that our scorer takes together"""
+    size: int = 1024
+    """pixels of a side"""
+    csv: str = "benchmarks/scoring.csv"
+    """where the row goes; empty: nowhere"""
+
+
+def load_package(checkpoint: Path):
+    """hpsv2.img_score.score with its model built but not downloaded: a function of an image and a prompt."""
+    real = gzip.open
+
+    def found(path, *more, **options):
+        return real(path if os.path.exists(path) else Path(open_clip.__file__).parent / Path(path).name, *more, **options)
+
+    with unittest.mock.patch("gzip.open", found):
+        from hpsv2 import img_score
+    model, _, preprocess = img_score.create_model_and_transforms("ViT-H-14", precision="amp", output_dict=True)
+    img_score.model_dict.update(model=model, preprocess_val=preprocess)
+    return lambda image, prompt: img_score.score(image, prompt, cp=str(checkpoint))[0]
+
+
+def main() -> None:
+    s = tyro.cli(Settings, description=__doc__)
+    warnings.simplefilter("ignore")
+    device = compare_quality.pick_device("auto")
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    rng = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((s.size,) * 2) for _ in range(s.images)
+    ]
+    prompts = [f"picture number {i} of a lighthouse above the sea" for i in range(s.images)]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "HPS_v2.1_compressed.pt"
+        torch.manual_seed(0)
+        weights = open_clip.create_model("ViT-H-14").half().state_dict()
+        torch.save({"state_dict": weights}, checkpoint)
+        del weights
+        theirs = load_package(checkpoint)
+        ours = compare_quality.load_hpsv2(compare_quality.Settings(hpsv2=str(checkpoint)), device, dtype)
+
+        def package() -> list[float]:
+            return [float(theirs(image, prompt)) for image, prompt in zip(pictures, prompts, strict=True)]
+
+        def batched() -> list[float]:
+            starts = range(0, s.images, s.batch_size)
+            parts = [ours(pictures[i : i + s.batch_size], prompts[i : i + s.batch_size]) for i in starts]
+            return torch.cat(parts).tolist()
+
+        seconds, scores = {package: [], batched: []}, {}
+        theirs(pictures[0], prompts[0])
+        ours(pictures[:1], prompts[:1])
+        for _ in range(s.rounds):
+            for way in (package, batched):
+                start = time.perf_counter()
+                scores[way] = way()
+                seconds[way].append((time.perf_counter() - start) / s.images)
+                print(f"{way.__name__}: {seconds[way][-1]:.3f} s an image", flush=True)
+    row = {"date": datetime.date.today().isoformat(), "device": compare_quality.device_name(device), "cores": os.cpu_count()}
+    row |= {"images": s.images, "rounds": s.rounds, "batch_size": s.batch_size, "dtype": str(dtype).removeprefix("torch.")}
+    row |= {f"{way.__name__}_seconds_per_image": round(float(np.median(v)), 4) for way, v in seconds.items()}
+    row["ratio"] = round(row["package_seconds_per_image"] / row["batched_seconds_per_image"], 2)
+    row["largest_score_difference"] = float(np.abs(np.subtract(scores[package], scores[batched])).max())
+    row |= {p: importlib.metadata.version(p) for p in ("torch", "open_clip_torch", "hpsv2")} | {
+        "python": platform.python_version()
+    }
+    print("\n".join(f"{k}: {v}" for k, v in row.items()))
+    if s.csv:
+        pd.DataFrame([row]).to_csv(s.csv, mode="a", index=False, header=not Path(s.csv).exists())
+
+
+if __name__ == "__main__":
+    main()
