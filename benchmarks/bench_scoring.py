@@ -36,7 +36,7 @@ import compare_quality
 class Settings:
     images: int = 16
     """images in each round"""
-    rounds: int = 2
+    rounds: int = 1
     """rounds of each way"""
     batch_size: int = 8
     """images that our scorer takes together"""
