@@ -1,6 +1,6 @@
 """Make the demo's preference data in assets/demo/pickapic: pairs of pictures with a label, in Pick-a-Pic's own columns.
 
-    python demo/make_pairs.py                       # about 25 minutes on 2 CPU cores; goes on where it was stopped
+    python demo/make_pairs.py                       # about 12 minutes on 2 CPU cores; goes on where it was stopped
     python demo/make_pairs.py --train-pairs 60 --test-pairs 20 --output-dir /tmp/pairs      # a quick look
 
 Under each caption there are several pictures, as in Pick-a-Pic, from different sources: the demo model at guidance 2, 5

@@ -1,6 +1,6 @@
 """Compare a DPO-trained demo UNet with the base model by the annotator's reward, same captions and seeds on both sides.
 
-    python demo/measure_dpo.py                                  # assets/demo/dpo-unet, about eight minutes on 2 CPU cores
+    python demo/measure_dpo.py                                  # assets/demo/dpo-unet, about six minutes on 2 CPU cores
     python demo/measure_dpo.py --dpo-unet models/dipo-demo      # another one; with any flag it prints only
 
 It samples with diffusers' own StableDiffusionXLPipeline and DDIMScheduler (50 steps, guidance 5) on held-out captions. Win
