@@ -156,6 +156,11 @@ def check_settings(s: Settings) -> None:
         raise UserError(f"--num-inference-steps {s.num_inference_steps}: use 1 to 1000, as SDXL was trained on 1000")
     if not 0 <= s.eta <= 1:
         raise UserError(f"--eta {s.eta}: use 0 (DDIM, deterministic) to 1 (as random as DDPM)")
+    check_common(s)
+
+
+def check_common(s: Settings) -> None:
+    """The part of check_settings that every script which samples has: guidance, counts, seed, device, model paths."""
     if not math.isfinite(s.guidance_scale):
         raise UserError(f"--guidance-scale {s.guidance_scale}: use a finite number, SDXL's usual range is 5 to 8")
     if s.timestep_spacing not in SPACINGS:
@@ -531,7 +536,7 @@ def infotext(record: dict) -> str:
     model = record["dpo_unet"] or record["base_model"]
     fields = {
         "Steps": record["num_inference_steps"],
-        "Sampler": "DDIM",
+        "Sampler": record.get("sampler", "DDIM"),
         "CFG scale": f"{record['guidance_scale']:g}",
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",
@@ -579,13 +584,19 @@ def read_record(path: Path) -> dict | None:
 
 
 def fingerprint(*names: str) -> str:
-    """A short hash that changes with the weights in model folders: names, sizes and last 64 KiB of their safetensors.
+    """A short hash that changes with the weights in model folders: names, sizes and last 64 KiB of their files.
     What is on the hub counts by its name alone."""
     digest = hashlib.sha256()
     for name in filter(None, names):
         path = find_path(name)
         digest.update(b"" if path else name.encode())
-        files = [] if not path else [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+        files = (
+            []
+            if not path
+            else [path]
+            if path.is_file()
+            else sorted(f for f in path.rglob("*.*") if f.suffix in (".safetensors", ".pt"))
+        )
         for file in files:
             digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
             with open(file, "rb") as f:
@@ -642,8 +653,10 @@ def caption_font(cell: int, name: str) -> ImageFont.FreeTypeFont:
         raise UserError(f"--font {name}: cannot be read as a font; give a .ttf or .otf file") from e
 
 
-def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int, font: ImageFont.FreeTypeFont) -> None:
-    """Write text in up to three lines of the cell's width, centred, cut with an ellipsis."""
+def draw_caption(
+    grid: Image.Image, text: str, x: int, y: int, cell: int, font: ImageFont.FreeTypeFont, most: int = 3
+) -> None:
+    """Write text in up to `most` lines of the cell's width, centred, cut with an ellipsis."""
     lines = [""]
     for word in "".join(c if c.isprintable() else " " for c in text[:600]).split():
         for piece in [word[k : k + 20] for k in range(0, len(word), 20)]:
@@ -653,8 +666,8 @@ def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int, font: 
             else:
                 lines.append(piece)
     lines = [line for line in lines if line]
-    if len(lines) > 3:
-        lines = [*lines[:2], lines[2] + " …"]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1] + " …"]
     draw = ImageDraw.Draw(grid)
     for k, line in enumerate(lines):
         while font.getlength(line) > cell:

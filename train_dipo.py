@@ -839,8 +839,10 @@ def caption_font(cell: int, name: str) -> ImageFont.FreeTypeFont:
 
 
 # Copied from hasty_sample.draw_caption
-def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int, font: ImageFont.FreeTypeFont) -> None:
-    """Write text in up to three lines of the cell's width, centred, cut with an ellipsis."""
+def draw_caption(
+    grid: Image.Image, text: str, x: int, y: int, cell: int, font: ImageFont.FreeTypeFont, most: int = 3
+) -> None:
+    """Write text in up to `most` lines of the cell's width, centred, cut with an ellipsis."""
     lines = [""]
     for word in "".join(c if c.isprintable() else " " for c in text[:600]).split():
         for piece in [word[k : k + 20] for k in range(0, len(word), 20)]:
@@ -850,8 +852,8 @@ def draw_caption(grid: Image.Image, text: str, x: int, y: int, cell: int, font: 
             else:
                 lines.append(piece)
     lines = [line for line in lines if line]
-    if len(lines) > 3:
-        lines = [*lines[:2], lines[2] + " …"]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1] + " …"]
     draw = ImageDraw.Draw(grid)
     for k, line in enumerate(lines):
         while font.getlength(line) > cell:
