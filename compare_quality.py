@@ -879,7 +879,7 @@ def make_images(s: Settings, variants: list[Variant], todo: dict[str, dict], out
     total = sum(v.steps * len(files) for v, files in shares.items())
     pipe, loaded, warm = None, None, set()
     with tqdm(total=total, unit="step", unit_scale=True, disable=not state.is_local_main_process) as bar:
-        for v, files in shares.items():
+        for v, files in sorted(shares.items(), key=lambda x: x[0].base_unet):
             if not files:
                 continue
             if loaded != v.base_unet:
@@ -1248,7 +1248,7 @@ def save_grids(
     """Grid pages with a row for each variant and a column for each file name (of finished images), eight to a band, prompts
     under them and what all have in common on top. Pages have at most MAX_GRID_PIXELS. Returns their paths."""
     files = [f for f in files if all(f"{v.name}/{f}" in records for v in variants)]
-    for old in out.glob(f"{stem}*.png"):
+    for old in (*out.glob(f"{stem}.png"), *out.glob(f"{stem}-[0-9]*.png")):
         old.unlink()
     if not files:
         return []
@@ -1502,8 +1502,9 @@ def plot_quality(table: list[dict], names: list[str], baseline: str) -> Figure:
     """Each score's paired difference from the baseline row over seconds per image, the steps beside each point, and the
     Pareto front."""
     figure = Figure(figsize=(5.6 * len(names), 4.8), layout="constrained")
-    kinds = {"DIPO": (BLUE, "o", (5, 6)), "Diffusion-DPO": (ORANGE, "s", (5, 6)), "Euler": (SKY, "D", (-18, 6))}
-    kinds |= {"DPM-Solver++ 2M": (GREEN, "^", (5, -16)), "UniPC": (PURPLE, "v", (-18, -16))}
+    # Colour, marker, and the end of the interval that the steps are written at.
+    kinds = {"DIPO": (BLUE, "o", 1), "Diffusion-DPO": (ORANGE, "s", 1), "Euler": (SKY, "D", 0)}
+    kinds |= {"DPM-Solver++ 2M": (GREEN, "^", 1), "UniPC": (PURPLE, "v", 0)}
     reference = next(r for r in table if r["variant"] == baseline)
     for axes, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
         points = sorted((r["seconds"], r.get(f"{name}_difference", 0.0)) for r in table)
@@ -1511,7 +1512,7 @@ def plot_quality(table: list[dict], names: list[str], baseline: str) -> Figure:
         x, y = [*(p[0] for p in front), points[-1][0]], [*(p[1] for p in front), front[-1][1]]
         axes.step(x, y, where="post", color=GREY, linestyle=":", label="best so far (Pareto front)", zorder=1)
         axes.axhline(0, color=ORANGE, linewidth=0.8, zorder=1)
-        for kind, (colour, marker, offset) in kinds.items():
+        for kind, (colour, marker, end) in kinds.items():
             rows = [r for r in table if r["label"].startswith(f"{kind},")]
             if not rows:
                 continue
@@ -1519,13 +1520,14 @@ def plot_quality(table: list[dict], names: list[str], baseline: str) -> Figure:
             ends = [[r.get(f"{name}_difference_{end}", 0.0) for r in rows] for end in ("low", "high")]
             bars = [np.subtract(y, ends[0]), np.subtract(ends[1], y)]
             axes.errorbar(x, y, bars, fmt=marker, color=colour, capsize=3, markersize=7, label=kind)
-            for r, a, b in zip(rows, x, y, strict=True):
-                axes.annotate(str(r["steps"]), (a, b), offset, textcoords="offset points", fontsize=11, color=colour)
+            for r, a, b in zip(rows, x, ends[end], strict=True):
+                place = {"xytext": (0, 5 if end else -5), "ha": "center", "va": "bottom" if end else "top"}
+                axes.annotate(str(r["steps"]), (a, b), textcoords="offset points", fontsize=11, color=colour, **place)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.1)
+        axes.margins(x=0.1, y=0.1)
         axes.set_xlabel("seconds per image, decoding included (log scale)", fontsize=12)
         axes.set_ylabel(f"{SCORES[name][0]} minus that of {reference['steps']} steps", fontsize=12)
         axes.set_title(f"{SCORES[name][0]}: paired differences, 95 %, n = {reference['n']} prompts", fontsize=12)

@@ -1,11 +1,31 @@
 """The four studies: what they sample, what they write, how they go on, what they say of bad input."""
 
+import contextlib
+import functools
+import importlib
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import DEMO
+import world
+from conftest import DEMO, ROOT
 from diffusers import StableDiffusionXLPipeline
+from filelock import FileLock
+from PIL import Image
 
+import Ablation_experiment as ablation
 import compare_quality as cq
+import hasty_sample as hs
+import Human_Preference_compare as human
 
 
 @pytest.mark.parametrize("key", list(cq.SAMPLERS))
@@ -28,3 +48,524 @@ def test_other_samplers_are_the_stock_pipelines(demo_pipe, key):
     assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
     by_ddim = cq.sample_latents(cq.Settings(), demo_pipe, cq.Variant("x", "DIPO", 20), records)
     assert (by_ddim - wanted).abs().max() > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------------- what comes out
+
+TINY = {
+    "compare_quality": ("--steps", 3, "--baseline-steps", 4, 6, "--samplers", "euler", "--sampler-steps", 3),
+    "Ablation_experiment": ("--num-inference-steps", 3, "--etas", 0, 0.5, 1),
+    "Semantic_Categories": ("--dipo-steps", 3, "--baseline-steps", 5),
+    "Human_Preference_compare": ("--dipo-steps", 3, "--baseline-steps", 5),
+}
+FOLDERS = {
+    "compare_quality": ["diffusion-dpo-4", "diffusion-dpo-6", "dipo-3", "euler-3"],
+    "Ablation_experiment": ["eta-0", "eta-0.5", "eta-1"],
+    "Semantic_Categories": ["diffusion-dpo-5", "dipo-3"],
+    "Human_Preference_compare": ["base-diffusion-dpo-5", "base-dipo-3", "tuned-diffusion-dpo-5", "tuned-dipo-3"],
+}
+FILES = {
+    "compare_quality": ["grid.png", "quality.pdf", "quality.png", "scores.csv", "table1.csv", "wins.csv"],
+    "Ablation_experiment": ["eta.csv", "eta.pdf", "eta.png", "fluctuation.csv", "grid.png", "scores.csv"],
+    "Semantic_Categories": [
+        *("categories.csv", "categories.pdf", "categories.png"),
+        *("grid-abstract.png", "grid-landscape.png", "grid-portrait.png", "scores.csv"),
+    ],
+    "Human_Preference_compare": ["bars.pdf", "bars.png", "grid.png", "pies.pdf", "pies.png", "preference.csv", "scores.csv"],
+}
+COUNTS = ["n", "wins", "losses", "ties", "win_rate", "loss_rate", "low", "high", "p"]
+GAPS = [f"{k}_difference{end}" for k in ("pickscore", "hpsv2") for end in ("", "_low", "_high")]
+MEANS = [f"{k}{end}" for k in ("pickscore", "hpsv2") for end in ("", "_low", "_high")]
+COLUMNS = {
+    ("compare_quality", "table1.csv"): [
+        *(
+            "variant",
+            "label",
+            "steps",
+            "eta",
+            "n",
+            *MEANS,
+            *GAPS,
+            "seconds",
+            "seconds_sampling",
+            "seconds_low",
+            "seconds_high",
+        ),
+        *("seconds_decoding", "batch_size", "batches", "device", "speed_up"),
+        *("paper_pickscore", "paper_seconds", "paper_speed_up"),
+    ],
+    ("compare_quality", "wins.csv"): ["sampler", "score", *COUNTS],
+    ("Ablation_experiment", "eta.csv"): ["variant", "eta", "steps", "n", *MEANS, *GAPS],
+    ("Ablation_experiment", "fluctuation.csv"): ["score", "n", "fluctuation", "chance", "p"],
+    ("Semantic_Categories", "categories.csv"): [
+        *("category", "score", *COUNTS, "loss_low", "loss_high", "difference", "difference_low", "difference_high", "paper"),
+    ],
+    ("Human_Preference_compare", "preference.csv"): [
+        *("sampling", "score", *COUNTS, "loss_low", "loss_high", "difference", "difference_low", "difference_high", "paper"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a tiny finished run of every study, and what each printed."""
+    folder, said = tmp_path_factory.mktemp("studies"), {}
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    for script, flags in TINY.items():
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, (*flags, "--demo", "--limit", 2, "--output-dir", script))])
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            importlib.import_module(script).main()
+        said[script] = out.getvalue()
+    patch.undo()
+    return folder, said
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_a_tiny_demo_leaves_tables_plots_and_grids(finished, script):
+    folder, said = finished[0] / script, finished[1][script]
+    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == FILES[script]
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == FOLDERS[script]
+    for name in FOLDERS[script]:
+        assert sorted(p.name for p in (folder / name).iterdir()) == [f"{i:05d}.png" for i in range(6)]
+    scores = pd.read_csv(folder / "scores.csv")
+    assert scores.columns.tolist() == [
+        *("file", "variant", "prompt", "category", "seed", "image", "pickscore", "hpsv2", "scored_by")
+    ]
+    assert scores["file"].tolist() == [f"{v}/{i:05d}.png" for v in FOLDERS[script] for i in range(6)]
+    # Paired: the same prompts and seeds under every variant, the categories in turn.
+    assert all(part["seed"].tolist() == list(range(6)) for _, part in scores.groupby("variant"))
+    assert scores.groupby("seed")["prompt"].nunique().eq(1).all() and scores["prompt"].nunique() == 6
+    assert scores["category"].tolist()[:6] == ["abstract", "landscape", "portrait"] * 2
+    assert scores[["pickscore", "hpsv2"]].notna().all().all() and scores["pickscore"].nunique() > 6
+    for (owner, name), columns in COLUMNS.items():
+        if owner == script:
+            table = pd.read_csv(folder / name)
+            assert sorted(table.columns) == sorted(columns), name
+            assert "n" not in table or set(table["n"]) <= {2, 6}
+    for name in FILES[script]:
+        assert name.endswith(".pdf") or name in said
+        if name.endswith(".png"):
+            assert np.asarray(Image.open(folder / name)).std() > 10
+        elif name.endswith(".pdf"):
+            assert (folder / name).read_bytes()[:5] == b"%PDF-"
+    assert "paper's" in said and "95 %" in said
+
+
+def test_the_tables_are_the_scores(finished):
+    """Means, differences, wins and speed-ups in the tables, worked out again by hand."""
+    scores = pd.read_csv(finished[0] / "compare_quality/scores.csv").pivot(index="seed", columns="variant", values="hpsv2")
+    table = pd.read_csv(finished[0] / "compare_quality/table1.csv", index_col="variant")
+    gap = scores["dipo-3"] - scores["diffusion-dpo-4"]
+    assert table.at["dipo-3", "hpsv2"] == pytest.approx(scores["dipo-3"].mean())
+    assert table.at["dipo-3", "hpsv2_difference"] == pytest.approx(gap.mean())
+    assert table.at["dipo-3", "hpsv2_difference_low"] < gap.mean() < table.at["dipo-3", "hpsv2_difference_high"]
+    wins = (
+        pd.read_csv(finished[0] / "compare_quality/wins.csv").set_index(["sampler", "score"]).loc[("DIPO, 3 steps", "HPSv2")]
+    )
+    assert (wins["wins"], wins["losses"], wins["n"]) == ((gap > 0).sum(), (gap < 0).sum(), 6)
+    seconds = table["seconds_sampling"] + table["seconds_decoding"]
+    assert table["speed_up"].to_dict() == pytest.approx((seconds["diffusion-dpo-4"] / seconds).to_dict())
+    record = hs.read_record(finished[0] / "compare_quality/dipo-3/00002.png")
+    assert table.at["dipo-3", "seconds_sampling"] == record["seconds_sampling"] and table.at["dipo-3", "batch_size"] == 6
+
+    scores = pd.read_csv(finished[0] / "Semantic_Categories/scores.csv")
+    table = pd.read_csv(finished[0] / "Semantic_Categories/categories.csv").set_index(["category", "score"])
+    assert [*dict.fromkeys(table.index.get_level_values(0))] == ["abstract", "landscape", "portrait", "all"]
+    by_side = scores[scores["category"] == "landscape"].pivot(index="seed", columns="variant", values="pickscore")
+    row = table.loc[("landscape", "PickScore")]
+    assert row["wins"] == (by_side["dipo-3"] > by_side["diffusion-dpo-5"]).sum() and row["n"] == 2
+    assert row["paper"] == "54.0 % DIPO"
+
+    scores = pd.read_csv(finished[0] / "Human_Preference_compare/scores.csv")
+    assert scores.groupby("variant")["pickscore"].mean().nunique() == 4
+    record = hs.read_record(finished[0] / "Human_Preference_compare/base-dipo-3/00000.png")
+    assert record["dpo_unet"] == "" and record["eta"] == 0
+    record = hs.read_record(finished[0] / "Human_Preference_compare/tuned-diffusion-dpo-5/00000.png")
+    assert record["dpo_unet"] == hs.DEMO_DPO_UNET and record["eta"] == 1
+
+
+def test_images_are_those_of_hasty_sample(finished, run, tmp_path):
+    """The same loop in every script: one prompt under one seed gives one picture."""
+    (tmp_path / "p.txt").write_text("\n".join(pd.read_csv(finished[0] / "Semantic_Categories/scores.csv")["prompt"][:6]))
+    code, _, err = run("hasty_sample", "--demo", "--prompts", "p.txt", "--num-inference-steps", 3, "--output-dir", "out")
+    assert code == 0, err
+    for i in range(6):
+        mine = np.asarray(Image.open(f"out/{i:05d}.png")).astype(int)
+        for theirs in ("Semantic_Categories/dipo-3", "Human_Preference_compare/tuned-dipo-3", "compare_quality/dipo-3"):
+            assert np.abs(mine - np.asarray(Image.open(finished[0] / theirs / f"{i:05d}.png"))).max() <= 2
+        other = np.asarray(Image.open(finished[0] / f"Human_Preference_compare/base-dipo-3/{i:05d}.png"))
+        assert np.abs(mine - other).max() > 2
+
+
+# ---------------------------------------------------------------------------------------------------------- going on
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """copy(script): a copy of a finished run's folder, and the flags that made it."""
+
+    def make(script):
+        shutil.copytree(finished[0] / script, tmp_path / script)
+        return tmp_path / script, (*TINY[script], "--demo", "--limit", 2, "--output-dir", script)
+
+    return make
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_a_finished_study_loads_nothing_and_keeps_its_tables(copy, run, monkeypatch, script):
+    folder, flags = copy(script)
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*.*") if p.suffix in (".csv", ".png")}
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "load_pipeline", None)
+    monkeypatch.setattr(module, "load_scorers", None)
+    code, out, err = run(script, *flags)
+    assert code == 0 and out.startswith(f"{len(FOLDERS[script]) * 6} of {len(FOLDERS[script]) * 6} images"), err
+    after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*.*") if p.suffix in (".csv", ".png")}
+    assert before.keys() == after.keys()
+    for path, (content, stamp) in before.items():
+        assert content == after[path][0], path
+        assert (path.parent == folder and path.name != "scores.csv") or stamp == after[path][1], path
+
+
+def test_more_etas_and_prompts_add_what_is_missing_only(copy, run):
+    folder, flags = copy("Ablation_experiment")
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("*/*.png")}
+    rows = pd.read_csv(folder / "scores.csv").set_index("file")
+    flags = [*flags[:2], "--etas", 0, 0.25, 1, *flags[6:]]
+    flags[flags.index("--limit") + 1] = 3
+    code, out, err = run("Ablation_experiment", *flags)
+    assert code == 0 and out.startswith("12 of 27 images"), err
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    table, scores = pd.read_csv(folder / "eta.csv"), pd.read_csv(folder / "scores.csv").set_index("file")
+    assert table["eta"].tolist() == [0, 0.25, 1] and set(table["n"]) == {9}
+    # Rows of before are still there, those of eta = 0.5 too, which this run did not ask for.
+    assert len(scores) == 3 * 9 + 6 and scores.loc[rows.index].equals(rows)
+
+
+@pytest.mark.parametrize("script", ["compare_quality", "Human_Preference_compare"])
+def test_a_killed_run_goes_on_to_the_same_tables(run, tmp_path, finished, script):
+    """kill -9 among the images; what is there is not touched again, and the scores are the uninterrupted run's."""
+    flags = [*map(str, TINY[script]), "--demo", "--limit", "2", "--batch-size", "1"]
+    process = subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *flags, "--output-dir", str(tmp_path / "out")])
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out").glob("*/*.png"))) < 8:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be stopped"
+        time.sleep(0.01)
+    process.kill()
+    process.wait(timeout=60)
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/0*.png")}
+    assert 8 <= len(made) < 6 * len(FOLDERS[script]) and not (tmp_path / "out/scores.csv").exists()
+    code, out, err = run(script, *flags, "--output-dir", "out")
+    assert code == 0 and out.startswith(f"{len(made)} of"), err
+    assert {p: p.stat().st_mtime_ns for p in made} == made
+    whole, continued = (pd.read_csv(f / "scores.csv") for f in (finished[0] / script, tmp_path / "out"))
+    assert continued["file"].tolist() == whole["file"].tolist()
+    assert np.abs(continued["pickscore"] - whole["pickscore"]).max() < 0.05
+    assert np.abs(continued["hpsv2"] - whole["hpsv2"]).max() < 0.005
+
+
+def test_a_run_stopped_while_scoring_goes_on(copy, run, monkeypatch):
+    folder, flags = copy("Semantic_Categories")
+    whole = (folder / "scores.csv").read_bytes()
+    (folder / "scores.csv").unlink()
+    module = importlib.import_module("Semantic_Categories")
+    load, calls = module.load_hpsv2, []
+
+    def interrupted(*arguments):
+        inner = load(*arguments)
+
+        def scorer(images, prompts):
+            calls.append(len(images))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return inner(images, prompts)
+
+        scorer.model = inner.model
+        return scorer
+
+    monkeypatch.setattr(module, "load_hpsv2", interrupted)
+    flags = (*flags, "--scoring-batch-size", 4)
+    code, _, err = run("Semantic_Categories", *flags)
+    assert code == 130 and "the same command goes on" in err and "Traceback" not in err
+    assert len(pd.read_csv(folder / "scores.csv")) == 8
+    code, _, err = run("Semantic_Categories", *flags)
+    assert code == 0 and calls == [4, 4, 4, 4], err
+    again = pd.read_csv(folder / "scores.csv")
+    assert again.drop(columns=["pickscore", "hpsv2"]).equals(
+        pd.read_csv(io.BytesIO(whole)).drop(columns=["pickscore", "hpsv2"])
+    )
+    assert np.abs(again["hpsv2"] - pd.read_csv(io.BytesIO(whole))["hpsv2"]).max() < 1e-5
+
+
+def test_two_processes_make_one_set_of_tables(finished, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [*map(str, TINY["Ablation_experiment"]), "--demo", "--limit", "2", "--device", "cpu", "--output-dir", "out"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [*launch, str(ROOT / "Ablation_experiment.py"), *flags, "--scoring-batch-size", "3"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fluctuation.csv") == 1
+    whole, shared = (pd.read_csv(f / "scores.csv") for f in (finished[0] / "Ablation_experiment", tmp_path / "out"))
+    assert shared["file"].tolist() == whole["file"].tolist()
+    assert np.abs(shared["pickscore"] - whole["pickscore"]).max() < 0.05
+    assert {hs.read_record(p)["batch_size"] for p in (tmp_path / "out/eta-0").glob("*.png")} == {3}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_file()) == FILES["Ablation_experiment"]
+
+
+def test_other_settings_are_an_error_until_overwritten_and_then_scored_anew(copy, run):
+    folder, flags = copy("Semantic_Categories")
+    old = pd.read_csv(folder / "scores.csv").set_index("file")
+    code, _, err = run("Semantic_Categories", *flags, "--guidance-scale", 3)
+    assert code == 2 and "guidance_scale 5.0, this run has 3.0" in err and "--overwrite" in err
+    code, _, err = run("Semantic_Categories", *flags, "--guidance-scale", 3, "--overwrite")
+    assert code == 0, err
+    new = pd.read_csv(folder / "scores.csv").set_index("file")
+    assert (
+        new.index.equals(old.index) and (new["image"] != old["image"]).all() and (new["pickscore"] != old["pickscore"]).all()
+    )
+
+
+def test_other_judges_score_anew(copy, run, finished):
+    folder, flags = copy("Ablation_experiment")
+    shutil.copytree(ROOT / "assets/demo/pickscore", "judge")
+    code, _, err = run("Ablation_experiment", *flags, "--pickscore", "judge", "--score-only")
+    assert code == 0, err
+    old, new = (pd.read_csv(f / "scores.csv") for f in (finished[0] / "Ablation_experiment", folder))
+    assert (new["scored_by"] != old["scored_by"]).all() and np.abs(new["pickscore"] - old["pickscore"]).max() < 1e-4
+
+
+def test_score_only_scores_what_is_there(copy, run, monkeypatch):
+    folder, flags = copy("Ablation_experiment")
+    monkeypatch.setattr(importlib.import_module("Ablation_experiment"), "load_pipeline", None)
+    (folder / "scores.csv").unlink()
+    for name in ("eta-0/00004.png", "eta-1/00004.png", "eta-0.5/00001.png"):
+        (folder / name).unlink()
+    code, out, err = run("Ablation_experiment", *flags, "--score-only")
+    assert code == 0 and "15 of 18 images" in out, err
+    table = pd.read_csv(folder / "eta.csv")
+    assert table["n"].tolist() == [5, 5, 5] and len(pd.read_csv(folder / "scores.csv")) == 15
+    # Only what is there at every eta can say how far the means move.
+    assert pd.read_csv(folder / "fluctuation.csv")["n"].tolist() == [4, 4]
+    code, _, err = run("Ablation_experiment", *flags[:-1], "nothing", "--score-only")
+    assert code == 2 and "no images of this study in nothing" in err
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_a_missing_judge_costs_no_images(copy, run, script):
+    folder, flags = copy(script)
+    (folder / "scores.csv").unlink()
+    count = len(list(folder.glob("*/*.png")))
+    for flag, value in (("--pickscore", "nobody/nothing"), ("--hpsv2", "nobody/nothing")):
+        code, _, err = run(script, *flags, flag, value)
+        assert code == 2 and f"{flag} {value}: cannot be loaded" in err and "download_models.py" in err
+        assert "images that are made already are kept" in err and "Traceback" not in err
+    assert len(list(folder.glob("*/*.png"))) == count
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "said"),
+    [
+        ("compare_quality", ("--steps", 0), "--steps 0: give different numbers of steps from 1 to 1000"),
+        ("compare_quality", ("--baseline-steps", 500, 500), "--baseline-steps 500 500: give different"),
+        ("compare_quality", ("--samplers", "ddpm"), "--samplers 'ddpm': use any of dpmsolver++, unipc, euler"),
+        ("compare_quality", ("--sampler-steps", 1001), "--sampler-steps 1001: give different"),
+        ("compare_quality", ("--folders", "nothing"), "--folders nothing: no such folder"),
+        ("compare_quality", ("--score-only",), "no images of this study"),
+        ("Ablation_experiment", ("--etas", 0, 2), "--etas 0.0 2.0: give different values from 0"),
+        ("Ablation_experiment", ("--num-inference-steps", 0), "--num-inference-steps 0: give"),
+        ("Semantic_Categories", ("--eta", -1), "--eta -1.0: use 0"),
+        ("Semantic_Categories", ("--categories", "dogs"), "--categories 'dogs': not in --prompts assets/demo/prompts; its"),
+        ("Semantic_Categories", ("--prompts", "nothing.txt"), "--prompts nothing.txt: no such file or folder"),
+        ("Semantic_Categories", ("--prompts", "empty.txt"), "holds no prompt"),
+        ("Semantic_Categories", ("--prompts", "bad.csv"), "has no column prompt; its columns are text"),
+        ("Semantic_Categories", ("--prompts", "parti", "--parti", "nobody/nothing"), "--prompts parti: cannot be read"),
+        ("Semantic_Categories", ("--grid-prompts", 0), "--grid-prompts 0: use 1 or more"),
+        ("Human_Preference_compare", ("--dpo-unet", ""), "--dpo-unet is empty: give the tuned UNet"),
+        ("Human_Preference_compare", ("--limit", 0), "--limit 0: use 1 or more"),
+        ("Human_Preference_compare", ("--hpsv2-version", "v3"), "use one of v2.0, v2.1"),
+        ("Human_Preference_compare", ("--scoring-batch-size", 0), "--scoring-batch-size 0: use 1 or more"),
+        ("Human_Preference_compare", ("--dtype", "int8"), "--dtype 'int8': use auto"),
+        ("Human_Preference_compare", ("--base-model", "nowhere"), "--base-model 'nowhere': no such folder"),
+        ("Human_Preference_compare", ("--output-dir", "bad.csv"), "--output-dir bad.csv: cannot be written to"),
+        ("Human_Preference_compare", ("--no-such-flag",), "no-such-flag"),
+    ],
+)
+def test_bad_input_ends_with_one_line(run, tmp_path, script, flags, said):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bad.csv").write_text("text\nhello\n")
+    code, _, err = run(script, "--demo", *flags)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(lines) == 1 and said in lines[0] and "Traceback" not in err, err
+
+
+def test_a_second_run_in_the_same_folder_is_told(run):
+    Path("out").mkdir()
+    with FileLock("out/.lock"):
+        code, _, err = run("Ablation_experiment", "--demo", "--limit", 1, "--output-dir", "out")
+    assert code == 2 and "--output-dir out: another run is writing there" in err
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def prompts(**settings):
+    return cq.study_prompts(cq.Settings(**settings))
+
+
+def test_categories_come_in_turn_and_a_larger_limit_only_adds(tmp_path):
+    short, long = prompts(limit=2), prompts(limit=5)
+    assert len(short) == 6 and long[:6] == short and len(long) == 15
+    assert [c for _, c in short] == ["abstract", "landscape", "portrait"] * 2
+    assert len(prompts()) == 300 and len({p for p, _ in prompts()}) == 300
+    assert {c for _, c in prompts(categories=("portrait",))} == {"portrait"}
+    (tmp_path / "p.txt").write_text("one\n\n  two  \nthree\n", encoding="utf-8-sig")
+    assert prompts(prompts=str(tmp_path / "p.txt"), limit=2) == [("one", ""), ("two", "")]
+    (tmp_path / "p.csv").write_text('Prompt,Category\n"a, b",x\nc,x\nd,y\n')
+    assert prompts(prompts=str(tmp_path / "p.csv")) == [("a, b", "x"), ("d", "y"), ("c", "x")]
+
+
+def test_prompts_of_the_known_sets(tmp_path, monkeypatch):
+    parti = pd.DataFrame({"Prompt": ["a", "b", "c"], "Category": ["X", "Y", "X"], "Challenge": "-", "Note": ""})
+    (tmp_path / "parti").mkdir()
+    parti.to_csv(tmp_path / "parti/train.csv", index=False)
+    assert prompts(prompts="parti", parti=str(tmp_path / "parti")) == [("a", "X"), ("b", "Y"), ("c", "X")]
+    assert prompts(prompts="parti", parti=str(tmp_path / "parti"), categories=("X",), limit=1) == [("a", "X")]
+    from_pairs = prompts(prompts="pickapic", pickapic=str(ROOT / "assets/demo/pickapic"))
+    test = pd.read_parquet(ROOT / "assets/demo/pickapic/test.parquet", columns=["caption"])["caption"]
+    assert [p for p, _ in from_pairs] == list(dict.fromkeys(test)) and len(from_pairs) == 100
+    monkeypatch.setattr("hpsv2.benchmark_prompts", lambda style: {"anime": ["a", "b"], "photo": ["c"]})
+    assert prompts(prompts="hpdv2") == [("a", "anime"), ("c", "photo"), ("b", "anime")]
+
+
+def test_the_demos_prompts_are_held_out_captions():
+    lines = {c: (ROOT / f"assets/demo/prompts/{c}.txt").read_text().splitlines() for c in world.SLOTS}
+    scenes = world.sample_scenes("held_out", 117, 1)
+    assert lines == {c: [world.caption(x) for x in scenes if x.category == c] for c in world.SLOTS}
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def table_of(scores, prompts):
+    return pd.DataFrame({"prompt": prompts, "seed": range(len(scores)), "hpsv2": scores})
+
+
+def test_means_count_prompts_not_images():
+    a = table_of([1.0, 3.0, 10.0, 12.0], ["p", "p", "q", "q"])
+    n, mean, low, high = cq.score_means(a, "hpsv2")
+    assert (n, mean) == (2, 6.5) and (low, high) == (2, 11)
+    b = table_of([0.0, 2.0, 9.0, 11.0], ["p", "p", "q", "q"])
+    assert cq.score_means(a, "hpsv2", b) == (2, 1, 1, 1)
+    # What the other side lacks is left out.
+    assert cq.score_means(a, "hpsv2", b[:3])[:2] == (2, 1) and cq.score_means(a, "hpsv2", b[:0])[0] == 0
+    assert cq.score_wins(a, b[:3], "hpsv2")["n"] == 3 and cq.score_wins(a, b[:0], "hpsv2")["n"] == 0
+
+
+def test_fluctuation_on_known_cases():
+    rng = np.random.default_rng(1)
+    index = pd.MultiIndex.from_arrays([[f"p{i}" for i in range(60)], range(60)], names=["prompt", "seed"])
+    base = rng.normal(20, 2, 60)
+
+    def columns(effect, noise, together=np.array):
+        moves = together(rng.normal(size=(11, 60)))
+        return [pd.Series(base + effect * k + noise * moves[k], index) for k in range(11)]
+
+    same = ablation.fluctuation([pd.Series(base, index)] * 11)
+    assert same["fluctuation"] == 0 and same["p"] == 1
+    strong = ablation.fluctuation(columns(0.1, 0.05))
+    assert strong["fluctuation"] == pytest.approx(100 * 1.0 / (base.mean() + 0.5), rel=0.05) and strong["p"] < 0.001
+    # Noise alone: as much as chance gives, and small p values about as often as they say; also where neighbouring etas go
+    # together, as pictures do.
+    for together in (np.array, functools.partial(np.cumsum, axis=0)):
+        alone = [ablation.fluctuation(columns(0, 0.1, together)) for _ in range(40)]
+        assert np.mean([r["fluctuation"] / r["chance"] for r in alone]) == pytest.approx(1, abs=0.15)
+        assert sum(r["p"] < 0.05 for r in alone) <= 6
+        if together is np.array:
+            # The range of 11 normal means, sd sigma / sqrt(n): 3.173 sd (Tippett 1925).
+            expected = 100 * 3.173 * 0.1 / 60**0.5 / base.mean()
+            assert np.mean([r["chance"] for r in alone]) == pytest.approx(expected, rel=0.05)
+    # Two images of a prompt count as one; one prompt alone says nothing of chance.
+    one = pd.MultiIndex.from_arrays([["p", "p"], [0, 1]], names=["prompt", "seed"])
+    r = ablation.fluctuation([pd.Series([1.0, 3.0], one), pd.Series([2.0, 4.0], one)])
+    assert r["n"] == 1 and r["fluctuation"] == pytest.approx(40) and np.isnan(r["p"])
+    assert ablation.fluctuation([pd.Series([1.0], one[:1]), pd.Series([2.0], one[1:])])["n"] == 0
+
+
+def test_kept_advantage_is_the_difference_of_gains():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4, 30))
+    tables = [table_of(v, [f"p{i}" for i in range(30)]) for v in values]
+    n, mean, low, high = human.kept_advantage(tables, "hpsv2")
+    each = (values[0] - values[1]) - (values[2] - values[3])
+    assert n == 30 and mean == pytest.approx(each.mean()) and low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 * each.std() / 30**0.5, rel=0.15)
+
+
+def test_seconds_are_those_of_full_batches():
+    def batch(size, sampling, decoding):
+        return [{"batch_size": size, "seconds_sampling": sampling, "seconds_decoding": decoding, "device": "cpu"}] * size
+
+    r = cq.image_seconds(batch(4, 2.0, 0.1) + batch(4, 4.0, 0.3) + batch(3, 100.0, 9.0))
+    assert (r["batch_size"], r["batches"]) == (4, 2) and r["sampling"][0] == 3 and r["decoding"][0] == pytest.approx(0.2)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_grids_have_bands_and_pages(tmp_path, monkeypatch):
+    """Every picture stands where its row and column say, on as many pages as MAX_GRID_PIXELS asks for."""
+    variants = [cq.Variant("a", "first", 1), cq.Variant("b", "second", 1)]
+    records, colours = {}, {}
+    for k, v in enumerate(variants):
+        (tmp_path / v.name).mkdir()
+        for i in range(20):
+            colours[v.name, i] = (10 * i, 255 * k, 255 - 10 * i)
+            Image.new("RGB", (64, 64), colours[v.name, i]).save(tmp_path / v.name / f"{i:05d}.png")
+            records[f"{v.name}/{i:05d}.png"] = {"prompt": f"prompt {i}"}
+    files = [f"{i:05d}.png" for i in range(20)]
+    (tmp_path / "grid-other.png").touch()
+    (tmp_path / "grid-7.png").touch()
+    paths = cq.save_grids(tmp_path, "grid", variants, records, files, "all alike", "")
+    assert [p.name for p in paths] == ["grid.png"]
+    assert (tmp_path / "grid-other.png").exists() and not (tmp_path / "grid-7.png").exists()
+    page = Image.open(paths[0]).convert("RGB")
+    for i in range(20):
+        columns = [page.getpixel((138 + i % 8 * 196 + 96, y)) for y in range(page.height)]
+        assert all(colours[v.name, i] in columns for v in variants)
+        assert columns.index(colours["a", i]) < columns.index(colours["b", i])
+    monkeypatch.setattr(cq, "MAX_GRID_PIXELS", 900_000)
+    paths = cq.save_grids(tmp_path, "grid", variants, records, files, "all alike", "")
+    assert [p.name for p in paths] == ["grid-1.png", "grid-2.png", "grid-3.png"] and not (tmp_path / "grid.png").exists()
+    assert all(Image.open(p).width * Image.open(p).height <= 900_000 for p in paths)
+    del records["b/00003.png"]
+    assert cq.save_grids(tmp_path, "grid", variants, records, files[3:4], "", "") == []
+
+
+def test_plots_draw_every_row_with_its_interval(finished):
+    for script, count in (("compare_quality", 4), ("Ablation_experiment", 1)):
+        module = importlib.import_module(script)
+        name = {"compare_quality": "table1.csv", "Ablation_experiment": "eta.csv"}[script]
+        rows = pd.read_csv(finished[0] / script / name).replace(np.nan, 0).to_dict("records")
+        if script == "compare_quality":
+            figure = module.plot_quality(rows, ["pickscore", "hpsv2"], "diffusion-dpo-4")
+        else:
+            moved = pd.read_csv(finished[0] / script / "fluctuation.csv").to_dict("records")
+            figure = module.plot_eta(module.Settings(), rows, moved)
+        assert len(figure.axes) == 2
+        for axes in figure.axes:
+            points = sum(len(c.lines[0].get_xdata()) for c in axes.containers)
+            assert points == len(rows) and all(c.has_yerr for c in axes.containers)
+            assert axes.get_xlabel() and axes.get_ylabel() and len(axes.containers) >= count - 1
