@@ -94,7 +94,7 @@ class Settings:
     """replace images in the output folder that were made with other settings"""
     score_only: bool = False
     """sample nothing: score the images that are there and make the tables of them"""
-    grid_prompts: int = 16
+    grid_prompts: int = 8
     """prompts shown in the grid"""
     font: str = ""
     """a .ttf or .otf file for the grid; empty: DejaVu Sans, which has no Chinese, Japanese or emoji"""
@@ -1105,11 +1105,11 @@ def score_images(s: Settings, out: Path, records: dict[str, dict], state, device
 
 # Copied from compare_quality.add_rows
 def add_rows(s: Settings, out: Path, records: dict, rows: pd.DataFrame, columns: list[str], by: str) -> None:
-    """Put rows into scores.csv, in order of file, in the place of older ones of the same files. The file is whole at any
+    """Put rows into scores.csv, in order of variant and file, in the place of older ones of the same files. The file is whole at any
     moment, and processes take turns."""
     with FileLock(out / ".scores.lock"):
         table = pd.concat([read_scores(out, {}, columns, by)[0], rows]).drop_duplicates("file", keep="last")
-        table.sort_values("file").to_csv(out / ".scores.csv.part", index=False)
+        table.sort_values(["variant", "file"]).to_csv(out / ".scores.csv.part", index=False)
         os.replace(out / ".scores.csv.part", out / "scores.csv")
 
 
@@ -1372,9 +1372,9 @@ def fluctuation(columns: list[pd.Series]) -> dict[str, float]:
     percent = 100 / abs(values.mean())
     if len(values) < 2:
         return nothing | {"fluctuation": float(np.ptp(means) * percent)}
-    rng = np.random.default_rng(0)
-    rows = (rng.integers(len(values), size=len(values)) for _ in range(9999))
-    by_chance = np.array([np.ptp((values[i] - means).mean(axis=0)) for i in rows])
+    # How often each resample draws each prompt.
+    counts = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), size=9999)
+    by_chance = np.ptp(counts @ (values - means) / len(values), axis=1)
     return {
         "n": len(values),
         "fluctuation": float(np.ptp(means) * percent),

@@ -95,7 +95,7 @@ class Settings:
     """replace images in the output folder that were made with other settings"""
     score_only: bool = False
     """sample nothing: score the images that are there and make the tables of them"""
-    grid_prompts: int = 16
+    grid_prompts: int = 8
     """prompts shown in the grid"""
     font: str = ""
     """a .ttf or .otf file for the grid; empty: DejaVu Sans, which has no Chinese, Japanese or emoji"""
@@ -1114,11 +1114,11 @@ def score_images(s: Settings, out: Path, records: dict[str, dict], state, device
 
 # Copied from compare_quality.add_rows
 def add_rows(s: Settings, out: Path, records: dict, rows: pd.DataFrame, columns: list[str], by: str) -> None:
-    """Put rows into scores.csv, in order of file, in the place of older ones of the same files. The file is whole at any
+    """Put rows into scores.csv, in order of variant and file, in the place of older ones of the same files. The file is whole at any
     moment, and processes take turns."""
     with FileLock(out / ".scores.lock"):
         table = pd.concat([read_scores(out, {}, columns, by)[0], rows]).drop_duplicates("file", keep="last")
-        table.sort_values("file").to_csv(out / ".scores.csv.part", index=False)
+        table.sort_values(["variant", "file"]).to_csv(out / ".scores.csv.part", index=False)
         os.replace(out / ".scores.csv.part", out / "scores.csv")
 
 
@@ -1431,14 +1431,16 @@ def plot_wins(table: list[dict], by: str, labels: list[str]) -> Figure:
 
 def plot_pies(table: list[dict]) -> Figure:
     """A pie of wins, losses and ties for each sampling and score."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    kinds = {"tuned UNet scores higher": BLUE, "base UNet scores higher": ORANGE, "tie": GREY}
     for axes, r in zip(figure.subplots(1, len(table)), table, strict=True):
-        slices = [("tuned", r["wins"], BLUE), ("base", r["losses"], ORANGE), ("tie", r["ties"], GREY)]
-        slices = [x for x in slices if x[1]] or [("no pair", 1, GREY)]
-        labels = [f"{name}\n{100 * count / max(r['n'], 1):.1f} %" for name, count, _ in slices]
-        colours = [colour for *_, colour in slices]
-        axes.pie([n for _, n, _ in slices], labels=labels, colors=colours, startangle=90, textprops={"fontsize": 11})
+        counts = [r["wins"], r["losses"], r["ties"]] if r["n"] else [0, 0, 1]
+        text = {"color": "white", "fontsize": 12}
+        axes.pie(
+            counts, colors=kinds.values(), startangle=90, autopct=lambda x: f"{x:.1f} %" if x > 4 else "", textprops=text
+        )
         axes.set_title(f"{r['sampling']}\n{r['score']}, n = {r['n']}", fontsize=12)
+    figure.legend(figure.axes[0].patches, kinds, loc="outside lower center", ncols=3, fontsize=11)
     return figure
 
 

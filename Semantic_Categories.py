@@ -1119,11 +1119,11 @@ def score_images(s: Settings, out: Path, records: dict[str, dict], state, device
 
 # Copied from compare_quality.add_rows
 def add_rows(s: Settings, out: Path, records: dict, rows: pd.DataFrame, columns: list[str], by: str) -> None:
-    """Put rows into scores.csv, in order of file, in the place of older ones of the same files. The file is whole at any
+    """Put rows into scores.csv, in order of variant and file, in the place of older ones of the same files. The file is whole at any
     moment, and processes take turns."""
     with FileLock(out / ".scores.lock"):
         table = pd.concat([read_scores(out, {}, columns, by)[0], rows]).drop_duplicates("file", keep="last")
-        table.sort_values("file").to_csv(out / ".scores.csv.part", index=False)
+        table.sort_values(["variant", "file"]).to_csv(out / ".scores.csv.part", index=False)
         os.replace(out / ".scores.csv.part", out / "scores.csv")
 
 
