@@ -968,23 +968,23 @@ def free_memory(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def loading(flag: str, name: str):
-    """UserError instead of whatever goes wrong while a scorer's weights are loaded."""
+def loading(flag: str, name: str, file: str = ""):
+    """UserError instead of whatever goes wrong while a scorer's weights (of that file) are loaded."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as e:
+        setting = flag.replace("-", "_")
+        command, reason = f"hf download {getattr(Settings, setting)} {file}".strip(), first_line(root_cause(e))[:200]
         raise UserError(
-            f"--{flag} {name}: cannot be loaded ({first_line(root_cause(e))[:200]}); fetch it with download_models.py, or "
-            "try --demo; images that are made already are kept"
+            f"--{flag} {name}: {file or 'it'} cannot be loaded ({reason}); get it with {command!r}, or set {setting} at the "
+            f"top of {Path(__file__).name} to a copy; images that are made already are kept"
         ) from e
 
 
 def load_pickscore(s: Settings, device: torch.device, dtype: torch.dtype):
     """PickScore (Kirstain et al. 2023): a function of N images (PIL) and their N prompts that gives scores (N,), float32,
     the model's scale times the cosine of image and text."""
-    with loading("pickscore", s.pickscore):
+    with loading("pickscore", s.pickscore, "model.safetensors"):
         model = CLIPModel.from_pretrained(
             str(find_path(s.pickscore) or s.pickscore), torch_dtype=dtype, use_safetensors=True
         )
@@ -1024,13 +1024,12 @@ def clip_scorer(model: CLIPModel, processor, of_cosine, prefix: str = ""):
 def load_hpsv2(s: Settings, device: torch.device, dtype: torch.dtype):
     """HPSv2 (Wu et al. 2023): a function as load_pickscore's that gives the cosine of image and prompt. The model is
     open_clip's ViT-H-14 with the checkpoint's weights, or the one whose configuration lies beside it, as the demo's does."""
-    with loading("hpsv2", s.hpsv2):
-        path, file = find_path(s.hpsv2), HPSV2_FILES[s.hpsv2_version]
+    file = HPSV2_FILES[s.hpsv2_version]
+    with loading("hpsv2", s.hpsv2, file):
+        path = find_path(s.hpsv2)
         if path is None:
             path = Path(huggingface_hub.hf_hub_download(s.hpsv2, file))
         elif path.is_dir():
-            if not (path / file).exists():
-                raise UserError(f"--hpsv2 {s.hpsv2}: no {file} in it; fetch it with download_models.py")
             path = path / file
         name, tokenizer = "ViT-H-14", None
         if config := next(path.parent.glob("*-hpsv2.json"), None):
@@ -1058,7 +1057,13 @@ def load_hpsv2(s: Settings, device: torch.device, dtype: torch.dtype):
             ids = tokenize(unique)
         else:
             ids = tokenizer(unique, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        image, text = model.encode_image(pixels, normalize=True), model.encode_text(ids.to(device), normalize=True)
+        # The text tower is causal and read at the end-of-text token: what comes after the batch's last one changes nothing.
+        length = int(ids.argmax(dim=-1).max()) + 1
+        short = {"positional_embedding": model.positional_embedding[:length]}
+        short |= {"attn_mask": model.attn_mask[:length, :length]}
+        text = torch.func.functional_call(model, short, kwargs={"text": ids[:, :length].to(device)})
+        text = text["text_features"] if isinstance(text, dict) else text[1]
+        image = model.encode_image(pixels, normalize=True)
         rows = torch.tensor([unique.index(p) for p in prompts], device=device)
         return (image.float() * text.float()[rows]).sum(dim=-1).cpu()
 
@@ -1181,8 +1186,8 @@ def score_images(s: Settings, out: Path, records: dict[str, dict], state, device
 
 
 def add_rows(s: Settings, out: Path, records: dict, rows: pd.DataFrame, columns: list[str], by: str) -> None:
-    """Put rows into scores.csv, in order of variant and file, in the place of older ones of the same files. The file is whole at any
-    moment, and processes take turns."""
+    """Put rows into scores.csv, by variant and file, in the place of older ones of the same files. What is there is whole at
+    any moment, and processes take turns."""
     with FileLock(out / ".scores.lock"):
         table = pd.concat([read_scores(out, {}, columns, by)[0], rows]).drop_duplicates("file", keep="last")
         table.sort_values(["variant", "file"]).to_csv(out / ".scores.csv.part", index=False)
@@ -1236,8 +1241,8 @@ def save_table(path: Path, rows: list[dict]) -> Path:
 def save_plot(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, and as PDF beside it."""
     for suffix in (".pdf", ".png"):
-        part = path.with_name(f".{path.stem}.part{suffix}")
-        figure.savefig(part, dpi=150)
+        part = path.with_name(f".{path.stem}{suffix}.part")
+        figure.savefig(part, dpi=150, format=suffix[1:])
         os.replace(part, path.with_suffix(suffix))
     return path
 
@@ -1400,6 +1405,8 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
     """Table 1, win rates against the first row of Diffusion-DPO, quality over time, and the grid of Figure 1."""
     parts = {v.name: scores[scores["variant"] == v.name] for v in variants}
     baseline = f"diffusion-dpo-{s.baseline_steps[0]}"
+    if parts[baseline].empty:
+        raise UserError(f"--score-only: no images in {out / baseline}, which all else is compared with; make them first")
     names = [k for k in SCORES if k in scores]
     seconds = {v.name: image_seconds([r for f, r in records.items() if f.startswith(f"{v.name}/")]) for v in variants}
     quality, times, wins, table = [], [], [], []

@@ -63,7 +63,7 @@ def load_package(checkpoint: Path):
 def main() -> None:
     s = tyro.cli(Settings, description=__doc__)
     warnings.simplefilter("ignore")
-    device = compare_quality.pick_device("auto")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     rng = np.random.default_rng(0)
     pictures = [

@@ -205,7 +205,7 @@ def score(run, random_judges):
         "--clip",
         s.clip,
     )
-    return lambda *more: run("compare_quality", *flags, "--device", "cpu", "--batch-size", 4, *more)
+    return lambda *more: run("compare_quality", *flags, "--device", "cpu", "--scoring-batch-size", 4, *more)
 
 
 def test_scoring_a_folder_is_continued_and_not_repeated(score, tmp_path, monkeypatch):
@@ -222,38 +222,39 @@ def test_scoring_a_folder_is_continued_and_not_repeated(score, tmp_path, monkeyp
                 raise KeyboardInterrupt
             return inner(images, prompts)
 
+        scorer.model = inner.model
         return scorer
 
     monkeypatch.setattr(cq, "load_hpsv2", interrupted)
-    code, _, err = score("--score-only", "a")
+    code, _, err = score("--folders", "a")
     assert code == 130 and "the same command goes on" in err
     assert len(pd.read_csv(tmp_path / "a/scores.csv")) == 8
-    code, out, err = score("--score-only", "a")
+    code, out, err = score("--folders", "a")
     assert code == 0 and calls == [4, 4, 2, 2], err
     table = pd.read_csv(tmp_path / "a/scores.csv")
     assert table.file.tolist() == [f"{i:05d}.png" for i in range(10)] and table.seed.tolist() == list(range(10))
-    assert table[["pickscore", "hpsv2", "clipscore"]].notna().all().all() and "n = 10" in out
+    assert table[["pickscore", "hpsv2", "clipscore"]].notna().all().all() and "| a        | PickScore | 6" in out
     before = (tmp_path / "a/scores.csv").stat().st_mtime_ns
-    assert (
-        score("--score-only", "a")[0] == 0 and (tmp_path / "a/scores.csv").stat().st_mtime_ns == before and len(calls) == 4
-    )
+    assert score("--folders", "a")[0] == 0 and (tmp_path / "a/scores.csv").stat().st_mtime_ns == before and len(calls) == 4
     make_folder(tmp_path / "b", 10, seed=1)
-    code, out, err = score("--score-only", "a", "b")
-    assert code == 0 and "hpsv2: a wins" in out and "n = 10 pairs" in out, err
+    code, out, err = score("--folders", "a", "b")
+    assert code == 0 and "Wins of a over b, same prompts and seeds" in out and "| HPSv2" in out, err
     shutil.copy(tmp_path / "b/00003.png", tmp_path / "a/00010.png")
-    assert score("--score-only", "a")[0] == 0 and len(pd.read_csv(tmp_path / "a/scores.csv")) == 11
+    assert score("--folders", "a")[0] == 0 and len(pd.read_csv(tmp_path / "a/scores.csv")) == 11
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ((), "give the folders of images to score"),
-        (("--score-only", "nothing"), "no such folder"),
-        (("--score-only", "empty"), "no image with its prompt inside"),
-        (("--score-only", "a", "--pickscore", "nobody/nothing"), "--pickscore nobody/nothing: cannot be loaded"),
-        (("--score-only", "a", "--hpsv2", "empty"), "no HPS_v2.1_compressed.pt in it"),
-        (("--score-only", "a", "--hpsv2", "evil.pt"), "--hpsv2 evil.pt: cannot be loaded"),
-        (("--score-only", "a", "--hpsv2-version", "v3"), "use one of v2.0, v2.1"),
+        (("--folders", "nothing"), "no such folder"),
+        (("--folders", "empty"), "no image with its prompt inside"),
+        (
+            ("--folders", "a", "--pickscore", "nobody/nothing"),
+            "--pickscore nobody/nothing: model.safetensors cannot be loaded",
+        ),
+        (("--folders", "a", "--hpsv2", "empty"), "get it with 'hf download xswu/HPSv2 HPS_v2.1_compressed.pt'"),
+        (("--folders", "a", "--hpsv2", "evil.pt"), "--hpsv2 evil.pt: HPS_v2.1_compressed.pt cannot be loaded"),
+        (("--folders", "a", "--hpsv2-version", "v3"), "use one of v2.0, v2.1"),
     ],
 )
 def test_bad_input_ends_with_one_line(score, tmp_path, flags, said):

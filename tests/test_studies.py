@@ -360,6 +360,31 @@ def test_score_only_scores_what_is_there(copy, run, monkeypatch):
     assert code == 2 and "no images of this study in nothing" in err
 
 
+def test_clipscore_gets_its_column(copy, run):
+    folder, flags = copy("compare_quality")
+    code, out, err = run("compare_quality", *flags, "--clip", "assets/demo/pickscore", "--score-only")
+    assert code == 0 and "CLIPScore" in out, err
+    scores, table = pd.read_csv(folder / "scores.csv"), pd.read_csv(folder / "table1.csv").set_index("variant")
+    assert scores["clipscore"].between(0, 2.5).all() and scores["clipscore"].nunique() > 6
+    mean = scores[scores["variant"] == "dipo-3"]["clipscore"].mean()
+    assert table.at["dipo-3", "clipscore"] == pytest.approx(mean)
+    shutil.rmtree(folder / "diffusion-dpo-4")
+    code, _, err = run("compare_quality", *flags, "--score-only")
+    assert code == 2 and "no images in compare_quality/diffusion-dpo-4, which all else is compared with" in err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", TINY)
+def test_a_tiny_demo_on_a_gpu(run, finished, script):
+    """Half precision, models moved to the GPU in turn; the scores are near the CPU's in float32."""
+    code, _, err = run(script, *TINY[script], "--demo", "--limit", 2, "--device", "cuda", "--output-dir", "out")
+    assert code == 0, err
+    record = hs.read_record(Path("out") / FOLDERS[script][0] / "00000.png")
+    assert record["dtype"] == "fp16" and record["device"] != "cpu" and record["seconds_sampling"] > 0
+    ours, theirs = pd.read_csv("out/scores.csv"), pd.read_csv(finished[0] / script / "scores.csv")
+    assert ours["file"].equals(theirs["file"]) and np.corrcoef(ours["pickscore"], theirs["pickscore"])[0, 1] > 0.95
+
+
 @pytest.mark.parametrize("script", TINY)
 def test_a_missing_judge_costs_no_images(copy, run, script):
     folder, flags = copy(script)
@@ -367,7 +392,8 @@ def test_a_missing_judge_costs_no_images(copy, run, script):
     count = len(list(folder.glob("*/*.png")))
     for flag, value in (("--pickscore", "nobody/nothing"), ("--hpsv2", "nobody/nothing")):
         code, _, err = run(script, *flags, flag, value)
-        assert code == 2 and f"{flag} {value}: cannot be loaded" in err and "download_models.py" in err
+        assert code == 2 and f"{flag} {value}: " in err and "cannot be loaded" in err and "get it with 'hf download" in err
+        assert f"set {flag[2:]} at the top of {script}.py" in " ".join(err.split())
         assert "images that are made already are kept" in err and "Traceback" not in err
     assert len(list(folder.glob("*/*.png"))) == count
 
