@@ -1442,7 +1442,7 @@ def plot_pies(table: list[dict]) -> Figure:
         counts = [r["wins"], r["losses"], r["ties"]] if r["n"] else [0, 0, 1]
         text = {"color": "white", "fontsize": 12}
         axes.pie(
-            counts, colors=kinds.values(), startangle=90, autopct=lambda x: f"{x:.1f} %" if x > 4 else "", textprops=text
+            counts, colors=kinds.values(), startangle=90, autopct=lambda x: f"{x:.1f} %" if x > 8 else "", textprops=text
         )
         axes.set_title(f"{r['sampling']}\n{r['score']}, n = {r['n']}", fontsize=12)
     figure.legend(figure.axes[0].patches, kinds, loc="outside lower center", ncols=3, fontsize=11)
