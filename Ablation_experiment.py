@@ -236,7 +236,7 @@ def check_settings(s: Settings) -> None:
     check_scorers(s)
     check_common(s)
     check_steps("num-inference-steps", (s.num_inference_steps,))
-    if not s.etas or len(set(s.etas)) < len(s.etas) or not all(0 <= eta <= 1 for eta in s.etas):
+    if not s.etas or len({f"{eta:g}" for eta in s.etas}) < len(s.etas) or not all(0 <= eta <= 1 for eta in s.etas):
         raise UserError(f"--etas {' '.join(map(str, s.etas))}: give different values from 0 (DDIM) to 1 (as random as DDPM)")
     if s.grid_prompts < 1:
         raise UserError(f"--grid-prompts {s.grid_prompts}: use 1 or more")
@@ -1169,8 +1169,6 @@ def save_grids(
     """Grid pages with a row for each variant and a column for each file name (of finished images), eight to a band, prompts
     under them and what all have in common on top. Pages have at most MAX_GRID_PIXELS. Returns their paths."""
     files = [f for f in files if all(f"{v.name}/{f}" in records for v in variants)]
-    for old in (*out.glob(f"{stem}.png"), *out.glob(f"{stem}-[0-9]*.png")):
-        old.unlink()
     if not files:
         return []
     with Image.open(out / variants[0].name / files[0]) as first:
@@ -1287,6 +1285,8 @@ def run_study(s: Settings, variants: list[Variant], report) -> None:
                 raise UserError(f"--score-only: no images of this study in {out}; run it without --score-only first")
             scores = score_images(s, out, records, state, device, scorers)
             if state.is_main_process:
+                for old in (*out.glob("grid.png"), *out.glob("grid-*.png")):
+                    old.unlink()
                 paths = report(s, variants, scores, records, out)
                 print("\n" + ", ".join(map(str, [out / "scores.csv", *paths])))
                 for lock in (out / ".lock", out / ".scores.lock"):

@@ -1199,8 +1199,6 @@ def save_grids(
     """Grid pages with a row for each variant and a column for each file name (of finished images), eight to a band, prompts
     under them and what all have in common on top. Pages have at most MAX_GRID_PIXELS. Returns their paths."""
     files = [f for f in files if all(f"{v.name}/{f}" in records for v in variants)]
-    for old in (*out.glob(f"{stem}.png"), *out.glob(f"{stem}-[0-9]*.png")):
-        old.unlink()
     if not files:
         return []
     with Image.open(out / variants[0].name / files[0]) as first:
@@ -1320,6 +1318,8 @@ def run_study(s: Settings, variants: list[Variant], report) -> None:
                 raise UserError(f"--score-only: no images of this study in {out}; run it without --score-only first")
             scores = score_images(s, out, records, state, device, scorers)
             if state.is_main_process:
+                for old in (*out.glob("grid.png"), *out.glob("grid-*.png")):
+                    old.unlink()
                 paths = report(s, variants, scores, records, out)
                 print("\n" + ", ".join(map(str, [out / "scores.csv", *paths])))
                 for lock in (out / ".lock", out / ".scores.lock"):
@@ -1384,8 +1384,12 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
         save_table(out / "categories.csv", table),
         save_plot(plot_wins(table, "category", [v.label for v in variants]), out / "categories.png"),
     ]
+    stems = set()
     for category, names in files.items():
         stem = "grid-" + re.sub(r"[^\w-]+", "-", category)[:60]
+        while stem in stems:
+            stem += "x"
+        stems.add(stem)
         paths += save_grids(out, stem, variants, records, names[: s.grid_prompts], f"{category}: {study_title(s)}", s.font)
     return paths
 

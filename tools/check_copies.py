@@ -9,6 +9,7 @@ line "# Copied from FILE.NAME" above it, where FILE is the original's path witho
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 MARK = re.compile(r"# Copied from ([\w.]+)\.(\w+)\s*$")
 
 
+@functools.lru_cache(64)
 def blocks(source: str) -> dict[str, tuple[int, int]]:
     """First and last line (from 1) of every top-level function, class and simple assignment by name, decorators included.
 
