@@ -397,16 +397,18 @@ def make_latents(s: Settings, build: Path) -> None:
     latents = torch.cat(latents)
     scale = 1 / latents.std().item()
     tokenizers, encoders = load_text(build)
-    states, pooled = [], []
-    for wordings in tqdm(all_captions(), desc="captions"):
-        a, b, *_ = encode_text(tokenizers, encoders, wordings)
-        states.append(a.half())
-        pooled.append(b.half())
+    captions, states, pooled = all_captions(), None, None
+    # Captions of no picture stay zero.
+    for scene in tqdm(np.unique(np.load(build / "labels.npy")[:, 0]), desc="captions"):
+        a, b, *_ = encode_text(tokenizers, encoders, captions[scene])
+        if states is None:
+            states, pooled = (torch.zeros(len(captions), *x.shape, dtype=torch.float16) for x in (a, b))
+        states[scene], pooled[scene] = a.half(), b.half()
     saved = {
         "latents": (latents * scale).half(),
         "scale": scale,
-        "states": torch.stack(states),
-        "pooled": torch.stack(pooled),
+        "states": states,
+        "pooled": pooled,
     }
     torch.save(saved, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)

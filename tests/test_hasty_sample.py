@@ -118,7 +118,7 @@ def test_two_processes_make_what_one_makes(run, tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_is_continued(run, tmp_path, how):
-    flags = ["--demo", "--num-inference-steps", 60, "--batch-size", 1, "--limit", 4, "--output-dir", tmp_path / "out"]
+    flags = ["--demo", "--num-inference-steps", 30, "--batch-size", 1, "--limit", 4, "--output-dir", tmp_path / "out"]
     process = subprocess.Popen(command(*flags), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out/00001.png").exists():
