@@ -78,7 +78,8 @@ class Settings:
     """data set behind --prompts pickapic: a folder or a hub name"""
 
     demo: bool = False
-    """the small model, prompts and judges of assets/demo; 16 prompts of each category"""
+    """the small model, prompts and judges of assets/demo: 16 prompts of each category, batches of 12; sets whatever is left
+    at its default"""
     prompts: str = "assets/prompts"
     """a folder with a .txt for each category, a .txt, a .csv or .parquet with columns prompt and (if any) category, or
     parti, pickapic (its test prompts) or hpdv2 (HPSv2's benchmark, its styles as categories)"""
@@ -275,6 +276,8 @@ def check_common(s: Settings) -> None:
     for flag, value in (("limit", s.limit), ("images-per-prompt", s.images_per_prompt), ("batch-size", s.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: use 1 or more")
+    if not s.output_dir.strip():
+        raise UserError("--output-dir is empty: give a folder")
     if not 0 <= s.seed < 2**62:
         raise UserError(f"--seed {s.seed}: use 0 to 2**62 - 1")
     caption_font(192, s.font)
@@ -313,13 +316,13 @@ def study_prompts(s: Settings) -> list[tuple[str, str]]:
     """The prompts with their categories ("" where there are none). Categories come in turn, so that a larger --limit adds
     prompts at the end only. Raises UserError for what is missing, empty or not readable."""
     try:
-        table = prompt_table(s)
+        table = prompt_table(s).astype(object)
     except UserError:
         raise
     except Exception as e:
         raise UserError(f"--prompts {s.prompts}: cannot be read: {first_line(root_cause(e))[:200]}") from e
-    table["prompt"] = table["prompt"].fillna("").astype(str).str.split().str.join(" ")
-    table["category"] = table["category"].fillna("").astype(str)
+    for column in table:
+        table[column] = table[column].where(table[column].notna(), "").astype(str).str.split().str.join(" ")
     table = table[table["prompt"] != ""]
     there = list(dict.fromkeys(table["category"]))
     if unknown := [c for c in s.categories if c not in there]:
@@ -332,6 +335,15 @@ def study_prompts(s: Settings) -> list[tuple[str, str]]:
     rank = table.groupby("category", sort=False).cumcount()
     table = table[rank < (s.limit or len(table))]
     return list(table.assign(rank=rank).sort_values("rank", kind="stable")[["prompt", "category"]].itertuples(False, None))
+
+
+# Copied from hasty_sample.read_csv
+def read_csv(path: Path) -> pd.DataFrame:
+    """A CSV as text; ValueError where a row has more cells than the header, which pandas would take for an index."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError("a row has more cells than the header; put quotes around prompts with commas")
+    return table
 
 
 # Copied from compare_quality.prompt_table
@@ -365,7 +377,7 @@ def prompt_table(s: Settings) -> pd.DataFrame:
     elif path and path.suffix.lower() == ".txt":
         table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8-sig").splitlines()})
     elif path and path.suffix.lower() == ".csv":
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = read_csv(path)
     elif path and path.suffix.lower() == ".parquet":
         table = pd.read_parquet(path)
     else:
@@ -733,7 +745,7 @@ def fingerprint(*names: str) -> str:
             if not path
             else [path]
             if path.is_file()
-            else sorted(f for f in path.rglob("*.*") if f.suffix in (".safetensors", ".pt"))
+            else sorted(f for f in path.rglob("*.*") if f.suffix in (".safetensors", ".pt", ".bin"))
         )
         for file in files:
             digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
@@ -763,7 +775,9 @@ def wanted_images(s: Settings, variants: list[Variant], prompts: list[tuple[str,
     so the same initial noise, under every variant."""
     height, width = image_size(s)
     common = {"guidance_scale": s.guidance_scale, "negative_prompt": "", "timestep_spacing": s.timestep_spacing}
-    common |= {"base_model": s.base_model, "vae": s.vae, "height": height, "width": width, "dtype": dtype_name}
+    common |= {"base_model": s.base_model, "vae": s.vae, "height": height, "width": width}
+    # Images may have been made on another machine than the one that scores them.
+    common |= {} if s.score_only else {"dtype": dtype_name}
     wanted = {}
     for v in variants:
         unet = {"dpo_unet": "", "dpo_lora": ""} if v.base_unet else {"dpo_unet": s.dpo_unet, "dpo_lora": s.dpo_lora}
@@ -877,8 +891,10 @@ def sample_variant(
 # Copied from compare_quality.clock
 def clock(device: torch.device) -> float:
     """Seconds, read when the device has done all that it was given."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -949,6 +965,7 @@ def load_hpsv2(s: Settings, device: torch.device, dtype: torch.dtype):
             path = Path(huggingface_hub.hf_hub_download(s.hpsv2, file))
         elif path.is_dir():
             path = path / file
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         name, tokenizer = "ViT-H-14", None
         if config := next(path.parent.glob("*-hpsv2.json"), None):
             open_clip.add_model_config(config)
@@ -960,7 +977,6 @@ def load_hpsv2(s: Settings, device: torch.device, dtype: torch.dtype):
             logging.disable(logging.WARNING)
             model = open_clip.create_model(name, precision=precision)
             logging.disable(logging.NOTSET)
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         model.load_state_dict(weights)
         model = model.eval().to(device)
         tokenize = open_clip.get_tokenizer(name) if tokenizer is None else None
@@ -1039,10 +1055,10 @@ def load_scorers(s: Settings, dtype: torch.dtype) -> dict:
     return {"pickscore": load_pickscore(s, cpu, dtype), "hpsv2": load_hpsv2(s, cpu, dtype)}
 
 
-def scored_by(s: Settings) -> dict[str, str]:
-    """Which models give the scores of each column."""
-    by = {"pickscore": s.pickscore, "hpsv2": f"{s.hpsv2} {s.hpsv2_version}"}
-    return by | {"weights": fingerprint(s.pickscore, s.hpsv2)}
+def scored_by(s: Settings, dtype_name: str) -> dict[str, str]:
+    """Which models give the scores of each column, and in which precision."""
+    by = {"pickscore": f"{s.pickscore} {s.pickscore_processor}", "hpsv2": f"{s.hpsv2} {s.hpsv2_version}"}
+    return by | {"weights": fingerprint(s.pickscore, s.hpsv2), "dtype": dtype_name}
 
 
 # Copied from compare_quality.read_scores
@@ -1069,14 +1085,15 @@ def image_id(record: dict) -> str:
 
 
 # Copied from compare_quality.score_images
-def score_images(s: Settings, out: Path, records: dict[str, dict], state, device, scorers) -> pd.DataFrame:
+def score_images(s: Settings, out: Path, records: dict[str, dict], state, device, dtype_name: str, scorers) -> pd.DataFrame:
     """scores.csv of a folder: a row for each image, written batch by batch; rows that are true already are kept.
 
     records: the settings inside the images by file, relative to out. scorers: a function that loads them, called if anything
     is missing. Processes share the images. Returns the rows of these records: file, variant, prompt, category, seed, image,
     the scores, scored_by.
     """
-    by, names = json.dumps(scored_by(s)), [k for k in scored_by(s) if k in SCORES]
+    by = scored_by(s, dtype_name)
+    by, names = json.dumps(by), [k for k in by if k in SCORES]
     columns = ["file", "variant", "prompt", "category", "seed", "image", *names, "scored_by"]
     known = read_scores(out, records, columns, by)[1]
     todo = [f for f in records if f not in set(known["file"])]
@@ -1175,11 +1192,13 @@ def save_grids(
         width, height = first.size
     columns, gap = min(8, len(files)), 4
     cell = min(512, width * math.ceil(192 / width))
+    marked = PngImagePlugin.PngInfo()
+    marked.add_text("Software", "DIPO")
     while True:
         label_font, text_font = caption_font(round(cell * 1.4), font), caption_font(cell, font)
         label, picture, text = round(cell * 0.72), round(cell * height / width), round(text_font.size * 5)
         band = len(variants) * (picture + gap) + text
-        top = round(label_font.size * 2)
+        top = round(label_font.size * 3.6)
         page_width = label + columns * (cell + gap) + gap
         if page_width * (band + top) <= MAX_GRID_PIXELS or cell <= 96:
             break
@@ -1190,7 +1209,7 @@ def save_grids(
     for number, start in enumerate(range(0, len(bands), per_page), 1):
         on_page = bands[start : start + per_page]
         page = Image.new("RGB", (page_width, top + band * len(on_page)), "white")
-        ImageDraw.Draw(page).text((gap, label_font.size * 0.4), title, "black", label_font)
+        draw_caption(page, title, gap, 0, page_width - 2 * gap, label_font, most=2)
         for k, names in enumerate(on_page):
             for row, v in enumerate(variants):
                 y = top + k * band + row * (picture + gap)
@@ -1207,7 +1226,7 @@ def save_grids(
                 draw_caption(page, prompt, label + column * (cell + gap), y, cell, text_font)
         paths.append(out / (f"{stem}.png" if len(bands) <= per_page else f"{stem}-{number}.png"))
         part = out / f".{paths[-1].name}.part"
-        page.save(part, format="PNG")
+        page.save(part, format="PNG", pnginfo=marked)
         os.replace(part, paths[-1])
     return paths
 
@@ -1269,9 +1288,9 @@ def run_study(s: Settings, variants: list[Variant], report) -> None:
             # Every process has to have looked before the first one writes.
             state.wait_for_everyone()
             if state.is_main_process:
-                for path in out.glob("**/.*.part"):
-                    path.unlink()
+                clean_up(s, out, variants)
                 print(f"{len(done)} of {len(wanted)} images are in {out}" + (", none are made" if s.score_only else ""))
+            state.wait_for_everyone()
             # Loaded before the images are made, so that a wrong path shows at once and not hours later.
             scorers = functools.cache(functools.partial(load_scorers, s, DTYPES[dtype_name]))
             if todo and not s.score_only:
@@ -1283,11 +1302,11 @@ def run_study(s: Settings, variants: list[Variant], report) -> None:
             records = {f: r for f, r in records.items() if not difference(r, wanted[f])}
             if not records:
                 raise UserError(f"--score-only: no images of this study in {out}; run it without --score-only first")
-            scores = score_images(s, out, records, state, device, scorers)
+            scores = score_images(s, out, records, state, device, dtype_name, scorers)
             if state.is_main_process:
-                for old in (*out.glob("grid.png"), *out.glob("grid-*.png")):
-                    old.unlink()
-                paths = report(s, variants, scores, records, out)
+                there, records = common_images(variants, records, len(wanted))
+                scores = scores[scores["file"].isin(list(records))]
+                paths = report(s, there, scores, records, out)
                 print("\n" + ", ".join(map(str, [out / "scores.csv", *paths])))
                 for lock in (out / ".lock", out / ".scores.lock"):
                     lock.unlink(missing_ok=True)
@@ -1296,30 +1315,64 @@ def run_study(s: Settings, variants: list[Variant], report) -> None:
     state.destroy_process_group()
 
 
+# Copied from compare_quality.common_images
+def common_images(variants: list[Variant], records: dict[str, dict], wanted: int) -> tuple[list[Variant], dict[str, dict]]:
+    """The variants that have images, and the images that each of these has, so that unfinished studies are compared in pairs
+    too. UserError where there is none."""
+    names = {v: {f.split("/")[1] for f in records if f.startswith(f"{v.name}/")} for v in variants}
+    there = [v for v in variants if names[v]]
+    common = set.intersection(*(names[v] for v in there))
+    if len(records) < wanted:
+        print(f"the tables are of the {len(common)} images that each of these has: {'; '.join(v.label for v in there)}")
+    if not common:
+        raise UserError("--score-only: no image is there on every side yet; run it without --score-only")
+    return there, {f: r for f, r in records.items() if f.split("/")[1] in common}
+
+
+# Copied from compare_quality.clean_up
+def clean_up(s: Settings, out: Path, variants: list[Variant]) -> None:
+    """Remove what a killed run of ours left half-written, and grids that this one makes anew; make the rows' folders."""
+    for v in variants:
+        try:
+            if not s.score_only:
+                (out / v.name).mkdir(exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{out / v.name} cannot be made a folder ({e.strerror}); choose another --output-dir") from e
+        for path in (out / v.name).glob(".[0-9]*.png.*.part"):
+            path.unlink()
+    for path in (*out.glob(".*.csv.part"), *out.glob(".*.png.part"), *out.glob(".*.pdf.part")):
+        path.unlink()
+    for path in out.glob("grid*.png"):
+        with contextlib.suppress(OSError), Image.open(path) as image:
+            if image.info.get("Software") == "DIPO":
+                path.unlink()
+
+
 # Copied from compare_quality.start_run
 def start_run(s: Settings):
     """Process state, device, name of the dtype, and the output folder, which is made and tried."""
     # A process that is done early waits for the others longer than the ten minutes that NCCL would allow.
     state = PartialState(cpu=s.device == "cpu", timeout=timedelta(days=7))
     device = torch.device(s.device) if ":" in s.device else state.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dtype_name = s.dtype if s.dtype != "auto" else "fp32" if device.type == "cpu" else "fp16"
-    out = Path(s.output_dir).expanduser()
     try:
+        out = Path(s.output_dir).expanduser()
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()
         (out / ".writable").unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({e.strerror}); give another") from e
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({first_line(e)}); give another") from e
     quiet_libraries()
     return state, device, dtype_name, out
 
 
 def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: dict[str, dict], out: Path) -> list[Path]:
     """The scores at each eta, their paired differences from the lowest eta, how far the means fluctuate, curves and grid."""
-    parts = {v.name: part for v in variants if len(part := scores[scores["variant"] == v.name])}
-    shown = [v for v in variants if v.name in parts]
-    first, rows, table = shown[0], [], []
-    for v in shown:
+    parts = {v.name: scores[scores["variant"] == v.name] for v in variants}
+    first, rows, table = variants[0], [], []
+    for v in variants:
         row, values = {"η": f"{v.eta:g}", "n": None}, {"variant": v.name, "eta": v.eta, "steps": v.steps}
         for name, (label, digits) in SCORES.items():
             row["n"], *figures = score_means(parts[v.name], name)
@@ -1334,7 +1387,7 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
     print_table(f"{s.num_inference_steps} steps: means over prompts, 95 % bootstrap intervals, paired for differences", rows)
     moved, said = [], []
     for name, (label, _) in SCORES.items():
-        r = fluctuation([parts[v.name].set_index(["prompt", "seed"])[name] for v in shown])
+        r = fluctuation([parts[v.name].set_index(["prompt", "seed"])[name] for v in variants])
         moved.append({"score": label} | r)
         said.append(
             {
@@ -1351,7 +1404,7 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
     paths.append(save_plot(plot_eta(s, table, moved), out / "eta.png"))
     files = [f"{i * s.images_per_prompt:05d}.png" for i in range(s.grid_prompts)]
     title = f"{s.num_inference_steps} steps, {study_title(s)}"
-    return paths + save_grids(out, "grid", shown, records, files, title, s.font)
+    return paths + save_grids(out, "grid", variants, records, files, title, s.font)
 
 
 # Copied from compare_quality.study_title
@@ -1404,7 +1457,7 @@ def plot_eta(s: Settings, table: list[dict], moved: list[dict]) -> Figure:
         change = f"mean, and 95 % of its change from η = {eta[0]:g}"
         axes.errorbar(eta, y, [gap - low, high - gap], marker="o", color=colour, capsize=3, label=change)
         axes.set_xlabel("η (0: DDIM, 1: as random as DDPM)", fontsize=12)
-        axes.set_ylabel(f"{label}, mean of {r['n']} images", fontsize=12)
+        axes.set_ylabel(f"{label}, mean of {r['n']} prompts", fontsize=12)
         axes.set_title(
             f"{label} at {s.num_inference_steps} steps moves by {r['fluctuation']:.2f} %\n"
             f"(by chance {r['chance']:.2f} %, p = {r['p']:.2g})",
@@ -1454,9 +1507,10 @@ def run_script(s: Settings, job) -> None:
             print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        print(f"error: {s.output_dir}: {e.strerror}; what is finished is kept, make room and run it again", file=sys.stderr)
+        place = e.filename or s.output_dir
+        print(f"error: {place}: {e.strerror}; what is finished is kept, put that right and run it again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; finished images and scores are kept, the same command goes on", file=sys.stderr)

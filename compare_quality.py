@@ -93,7 +93,8 @@ class Settings:
     """data set behind --prompts pickapic: a folder or a hub name"""
 
     demo: bool = False
-    """the small model, prompts and judges of assets/demo; no CLIPScore; all samplers; 8 prompts of each category"""
+    """the small model, prompts and judges of assets/demo: no CLIPScore, all samplers, 8 prompts of each category, batches of
+    12; sets whatever is left at its default"""
     prompts: str = "assets/prompts"
     """a folder with a .txt for each category, a .txt, a .csv or .parquet with columns prompt and (if any) category, or
     parti, pickapic (its test prompts) or hpdv2 (HPSv2's benchmark, its styles as categories)"""
@@ -281,6 +282,15 @@ def check_settings(s: Settings) -> None:
     check_steps("sampler-steps", s.sampler_steps)
     if unknown := [x for x in s.samplers if x not in SAMPLERS]:
         raise UserError(f"--samplers {unknown[0]!r}: use any of {', '.join(SAMPLERS)}")
+    for name, n in ((x, n) for x in s.samplers for n in s.sampler_steps):
+        # Their whole-number strides leave the noisiest timesteps out where there are many steps.
+        scheduler = SAMPLERS[name][1](timestep_spacing=s.timestep_spacing, steps_offset=1)
+        scheduler.set_timesteps(n)
+        if scheduler.timesteps[0] < 1000 - 2.5 * 1000 / n:
+            where = (
+                f"{n} {s.timestep_spacing} steps of {name} would start at t = {scheduler.timesteps[0]:.0f} from pure noise"
+            )
+            raise UserError(f"--sampler-steps: {where}; use fewer, or --timestep-spacing trailing")
     if not 0 <= s.eta <= 1:
         raise UserError(f"--eta {s.eta}: use 0 (DDIM, deterministic) to 1 (as random as DDPM)")
     if s.grid_prompts < 1:
@@ -318,6 +328,8 @@ def check_common(s: Settings) -> None:
     for flag, value in (("limit", s.limit), ("images-per-prompt", s.images_per_prompt), ("batch-size", s.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: use 1 or more")
+    if not s.output_dir.strip():
+        raise UserError("--output-dir is empty: give a folder")
     if not 0 <= s.seed < 2**62:
         raise UserError(f"--seed {s.seed}: use 0 to 2**62 - 1")
     caption_font(192, s.font)
@@ -355,13 +367,13 @@ def study_prompts(s: Settings) -> list[tuple[str, str]]:
     """The prompts with their categories ("" where there are none). Categories come in turn, so that a larger --limit adds
     prompts at the end only. Raises UserError for what is missing, empty or not readable."""
     try:
-        table = prompt_table(s)
+        table = prompt_table(s).astype(object)
     except UserError:
         raise
     except Exception as e:
         raise UserError(f"--prompts {s.prompts}: cannot be read: {first_line(root_cause(e))[:200]}") from e
-    table["prompt"] = table["prompt"].fillna("").astype(str).str.split().str.join(" ")
-    table["category"] = table["category"].fillna("").astype(str)
+    for column in table:
+        table[column] = table[column].where(table[column].notna(), "").astype(str).str.split().str.join(" ")
     table = table[table["prompt"] != ""]
     there = list(dict.fromkeys(table["category"]))
     if unknown := [c for c in s.categories if c not in there]:
@@ -374,6 +386,15 @@ def study_prompts(s: Settings) -> list[tuple[str, str]]:
     rank = table.groupby("category", sort=False).cumcount()
     table = table[rank < (s.limit or len(table))]
     return list(table.assign(rank=rank).sort_values("rank", kind="stable")[["prompt", "category"]].itertuples(False, None))
+
+
+# Copied from hasty_sample.read_csv
+def read_csv(path: Path) -> pd.DataFrame:
+    """A CSV as text; ValueError where a row has more cells than the header, which pandas would take for an index."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError("a row has more cells than the header; put quotes around prompts with commas")
+    return table
 
 
 def prompt_table(s: Settings) -> pd.DataFrame:
@@ -406,7 +427,7 @@ def prompt_table(s: Settings) -> pd.DataFrame:
     elif path and path.suffix.lower() == ".txt":
         table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8-sig").splitlines()})
     elif path and path.suffix.lower() == ".csv":
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = read_csv(path)
     elif path and path.suffix.lower() == ".parquet":
         table = pd.read_parquet(path)
     else:
@@ -814,7 +835,7 @@ def fingerprint(*names: str) -> str:
             if not path
             else [path]
             if path.is_file()
-            else sorted(f for f in path.rglob("*.*") if f.suffix in (".safetensors", ".pt"))
+            else sorted(f for f in path.rglob("*.*") if f.suffix in (".safetensors", ".pt", ".bin"))
         )
         for file in files:
             digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
@@ -843,7 +864,9 @@ def wanted_images(s: Settings, variants: list[Variant], prompts: list[tuple[str,
     so the same initial noise, under every variant."""
     height, width = image_size(s)
     common = {"guidance_scale": s.guidance_scale, "negative_prompt": "", "timestep_spacing": s.timestep_spacing}
-    common |= {"base_model": s.base_model, "vae": s.vae, "height": height, "width": width, "dtype": dtype_name}
+    common |= {"base_model": s.base_model, "vae": s.vae, "height": height, "width": width}
+    # Images may have been made on another machine than the one that scores them.
+    common |= {} if s.score_only else {"dtype": dtype_name}
     wanted = {}
     for v in variants:
         unet = {"dpo_unet": "", "dpo_lora": ""} if v.base_unet else {"dpo_unet": s.dpo_unet, "dpo_lora": s.dpo_lora}
@@ -953,8 +976,10 @@ def sample_variant(
 
 def clock(device: torch.device) -> float:
     """Seconds, read when the device has done all that it was given."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -1031,6 +1056,7 @@ def load_hpsv2(s: Settings, device: torch.device, dtype: torch.dtype):
             path = Path(huggingface_hub.hf_hub_download(s.hpsv2, file))
         elif path.is_dir():
             path = path / file
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         name, tokenizer = "ViT-H-14", None
         if config := next(path.parent.glob("*-hpsv2.json"), None):
             open_clip.add_model_config(config)
@@ -1042,7 +1068,6 @@ def load_hpsv2(s: Settings, device: torch.device, dtype: torch.dtype):
             logging.disable(logging.WARNING)
             model = open_clip.create_model(name, precision=precision)
             logging.disable(logging.NOTSET)
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
         model.load_state_dict(weights)
         model = model.eval().to(device)
         tokenize = open_clip.get_tokenizer(name) if tokenizer is None else None
@@ -1119,10 +1144,11 @@ def load_scorers(s: Settings, dtype: torch.dtype) -> dict:
     return scorers | ({"clipscore": load_clipscore(s, cpu, dtype)} if s.clip else {})
 
 
-def scored_by(s: Settings) -> dict[str, str]:
-    """Which models give the scores of each column."""
-    by = {"pickscore": s.pickscore, "hpsv2": f"{s.hpsv2} {s.hpsv2_version}"} | ({"clipscore": s.clip} if s.clip else {})
-    return by | {"weights": fingerprint(s.pickscore, s.hpsv2, s.clip)}
+def scored_by(s: Settings, dtype_name: str) -> dict[str, str]:
+    """Which models give the scores of each column, and in which precision."""
+    by = {"pickscore": f"{s.pickscore} {s.pickscore_processor}", "hpsv2": f"{s.hpsv2} {s.hpsv2_version}"}
+    by |= {"clipscore": s.clip} if s.clip else {}
+    return by | {"weights": fingerprint(s.pickscore, s.hpsv2, s.clip), "dtype": dtype_name}
 
 
 def read_scores(out: Path, records: dict[str, dict], columns: list[str], by: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -1146,14 +1172,15 @@ def image_id(record: dict) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def score_images(s: Settings, out: Path, records: dict[str, dict], state, device, scorers) -> pd.DataFrame:
+def score_images(s: Settings, out: Path, records: dict[str, dict], state, device, dtype_name: str, scorers) -> pd.DataFrame:
     """scores.csv of a folder: a row for each image, written batch by batch; rows that are true already are kept.
 
     records: the settings inside the images by file, relative to out. scorers: a function that loads them, called if anything
     is missing. Processes share the images. Returns the rows of these records: file, variant, prompt, category, seed, image,
     the scores, scored_by.
     """
-    by, names = json.dumps(scored_by(s)), [k for k in scored_by(s) if k in SCORES]
+    by = scored_by(s, dtype_name)
+    by, names = json.dumps(by), [k for k in by if k in SCORES]
     columns = ["file", "variant", "prompt", "category", "seed", "image", *names, "scored_by"]
     known = read_scores(out, records, columns, by)[1]
     todo = [f for f in records if f not in set(known["file"])]
@@ -1259,11 +1286,13 @@ def save_grids(
         width, height = first.size
     columns, gap = min(8, len(files)), 4
     cell = min(512, width * math.ceil(192 / width))
+    marked = PngImagePlugin.PngInfo()
+    marked.add_text("Software", "DIPO")
     while True:
         label_font, text_font = caption_font(round(cell * 1.4), font), caption_font(cell, font)
         label, picture, text = round(cell * 0.72), round(cell * height / width), round(text_font.size * 5)
         band = len(variants) * (picture + gap) + text
-        top = round(label_font.size * 2)
+        top = round(label_font.size * 3.6)
         page_width = label + columns * (cell + gap) + gap
         if page_width * (band + top) <= MAX_GRID_PIXELS or cell <= 96:
             break
@@ -1274,7 +1303,7 @@ def save_grids(
     for number, start in enumerate(range(0, len(bands), per_page), 1):
         on_page = bands[start : start + per_page]
         page = Image.new("RGB", (page_width, top + band * len(on_page)), "white")
-        ImageDraw.Draw(page).text((gap, label_font.size * 0.4), title, "black", label_font)
+        draw_caption(page, title, gap, 0, page_width - 2 * gap, label_font, most=2)
         for k, names in enumerate(on_page):
             for row, v in enumerate(variants):
                 y = top + k * band + row * (picture + gap)
@@ -1291,7 +1320,7 @@ def save_grids(
                 draw_caption(page, prompt, label + column * (cell + gap), y, cell, text_font)
         paths.append(out / (f"{stem}.png" if len(bands) <= per_page else f"{stem}-{number}.png"))
         part = out / f".{paths[-1].name}.part"
-        page.save(part, format="PNG")
+        page.save(part, format="PNG", pnginfo=marked)
         os.replace(part, paths[-1])
     return paths
 
@@ -1336,12 +1365,16 @@ def draw_caption(
 
 def study_variants(s: Settings) -> list[Variant]:
     """The rows of Table 1."""
-    rows = [Variant(f"dipo-{n}", f"DIPO, {n} steps", n, s.eta) for n in s.steps]
+    rows = [Variant(f"dipo-{n}", f"DIPO, {n} steps{eta_label(s.eta)}", n, s.eta) for n in s.steps]
     rows += [Variant(f"diffusion-dpo-{n}", f"Diffusion-DPO, {n} steps", n, 1.0) for n in s.baseline_steps]
     for key in dict.fromkeys(s.samplers):
         label = SAMPLERS[key][0]
         rows += [Variant(f"{key}-{n}", f"{label}, {n} steps", n, 0.0, label) for n in s.sampler_steps]
     return rows
+
+
+def eta_label(eta: float) -> str:
+    return f", η = {eta:g}" if eta else ""
 
 
 def run_study(s: Settings, variants: list[Variant], report) -> None:
@@ -1357,9 +1390,9 @@ def run_study(s: Settings, variants: list[Variant], report) -> None:
             # Every process has to have looked before the first one writes.
             state.wait_for_everyone()
             if state.is_main_process:
-                for path in out.glob("**/.*.part"):
-                    path.unlink()
+                clean_up(s, out, variants)
                 print(f"{len(done)} of {len(wanted)} images are in {out}" + (", none are made" if s.score_only else ""))
+            state.wait_for_everyone()
             # Loaded before the images are made, so that a wrong path shows at once and not hours later.
             scorers = functools.cache(functools.partial(load_scorers, s, DTYPES[dtype_name]))
             if todo and not s.score_only:
@@ -1371,11 +1404,11 @@ def run_study(s: Settings, variants: list[Variant], report) -> None:
             records = {f: r for f, r in records.items() if not difference(r, wanted[f])}
             if not records:
                 raise UserError(f"--score-only: no images of this study in {out}; run it without --score-only first")
-            scores = score_images(s, out, records, state, device, scorers)
+            scores = score_images(s, out, records, state, device, dtype_name, scorers)
             if state.is_main_process:
-                for old in (*out.glob("grid.png"), *out.glob("grid-*.png")):
-                    old.unlink()
-                paths = report(s, variants, scores, records, out)
+                there, records = common_images(variants, records, len(wanted))
+                scores = scores[scores["file"].isin(list(records))]
+                paths = report(s, there, scores, records, out)
                 print("\n" + ", ".join(map(str, [out / "scores.csv", *paths])))
                 for lock in (out / ".lock", out / ".scores.lock"):
                     lock.unlink(missing_ok=True)
@@ -1384,19 +1417,60 @@ def run_study(s: Settings, variants: list[Variant], report) -> None:
     state.destroy_process_group()
 
 
+def common_images(variants: list[Variant], records: dict[str, dict], wanted: int) -> tuple[list[Variant], dict[str, dict]]:
+    """The variants that have images, and the images that each of these has, so that unfinished studies are compared in pairs
+    too. UserError where there is none."""
+    names = {v: {f.split("/")[1] for f in records if f.startswith(f"{v.name}/")} for v in variants}
+    there = [v for v in variants if names[v]]
+    common = set.intersection(*(names[v] for v in there))
+    if len(records) < wanted:
+        print(f"the tables are of the {len(common)} images that each of these has: {'; '.join(v.label for v in there)}")
+    if not common:
+        raise UserError("--score-only: no image is there on every side yet; run it without --score-only")
+    return there, {f: r for f, r in records.items() if f.split("/")[1] in common}
+
+
+def clean_up(s: Settings, out: Path, variants: list[Variant]) -> None:
+    """Remove what a killed run of ours left half-written, and grids that this one makes anew; make the rows' folders."""
+    for v in variants:
+        try:
+            if not s.score_only:
+                (out / v.name).mkdir(exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{out / v.name} cannot be made a folder ({e.strerror}); choose another --output-dir") from e
+        for path in (out / v.name).glob(".[0-9]*.png.*.part"):
+            path.unlink()
+    for path in (*out.glob(".*.csv.part"), *out.glob(".*.png.part"), *out.glob(".*.pdf.part")):
+        path.unlink()
+    for path in out.glob("grid*.png"):
+        with contextlib.suppress(OSError), Image.open(path) as image:
+            if image.info.get("Software") == "DIPO":
+                path.unlink()
+
+
+def needed(variants: list[Variant], names: list[str], out: Path) -> list[Variant]:
+    """The variants of these names, in this order; UserError for one that has no images."""
+    by_name = {v.name: v for v in variants}
+    if missing := [name for name in names if name not in by_name]:
+        raise UserError(f"--score-only: no images in {out / missing[0]}, which the tables need; make them first")
+    return [by_name[name] for name in names]
+
+
 def start_run(s: Settings):
     """Process state, device, name of the dtype, and the output folder, which is made and tried."""
     # A process that is done early waits for the others longer than the ten minutes that NCCL would allow.
     state = PartialState(cpu=s.device == "cpu", timeout=timedelta(days=7))
     device = torch.device(s.device) if ":" in s.device else state.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dtype_name = s.dtype if s.dtype != "auto" else "fp32" if device.type == "cpu" else "fp16"
-    out = Path(s.output_dir).expanduser()
     try:
+        out = Path(s.output_dir).expanduser()
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()
         (out / ".writable").unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({e.strerror}); give another") from e
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({first_line(e)}); give another") from e
     quiet_libraries()
     return state, device, dtype_name, out
 
@@ -1404,18 +1478,15 @@ def start_run(s: Settings):
 def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: dict[str, dict], out: Path) -> list[Path]:
     """Table 1, win rates against the first row of Diffusion-DPO, quality over time, and the grid of Figure 1."""
     parts = {v.name: scores[scores["variant"] == v.name] for v in variants}
-    baseline = f"diffusion-dpo-{s.baseline_steps[0]}"
-    if parts[baseline].empty:
-        raise UserError(f"--score-only: no images in {out / baseline}, which all else is compared with; make them first")
+    baseline = needed(variants, [f"diffusion-dpo-{s.baseline_steps[0]}"], out)[0].name
     names = [k for k in SCORES if k in scores]
     seconds = {v.name: image_seconds([r for f, r in records.items() if f.startswith(f"{v.name}/")]) for v in variants}
     quality, times, wins, table = [], [], [], []
     for v in variants:
-        if parts[v.name].empty:
-            continue
         row = {"sampler": v.label, "n": None}
         values = {"variant": v.name, "label": v.label, "steps": v.steps, "eta": v.eta}
-        paper = PAPER.get(v.name, (None, None, None))
+        paper = PAPER.get(v.name, (None, None, None)) if v.sampler == "DDIM" and s.eta == 0 else (None, None, None)
+        paper = paper if s.baseline_steps[0] == 500 else (*paper[:2], None)
         for name in names:
             label, digits = SCORES[name]
             row["n"], *figures = score_means(parts[v.name], name)
@@ -1432,7 +1503,9 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
             row["paper's PickScore"] = f"{paper[0]:.4f}"
         quality.append(row)
         t, reference = seconds[v.name], seconds[baseline]
-        both, baseline_both = t["sampling"][0] + t["decoding"][0], reference["sampling"][0] + reference["decoding"][0]
+        both, speed_up = t["sampling"][0] + t["decoding"][0], None
+        if (t["batch_size"], t["device"]) == (reference["batch_size"], reference["device"]):
+            speed_up = (reference["sampling"][0] + reference["decoding"][0]) / both
         times.append(
             {
                 "sampler": v.label,
@@ -1440,7 +1513,7 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
                 "n batches": t["batches"],
                 "sampling, s per image": interval_text(*t["sampling"], 3),
                 "decoding, s": f"{t['decoding'][0]:.3f}",
-                "speed-up": f"{baseline_both / both:.2f}x",
+                "speed-up": f"{speed_up:.2f}x" if speed_up else "other batch or device",
                 "paper's s per image": f"{paper[1]:.2f}" if paper[1] else None,
                 "paper's speed-up": f"{paper[2]:.2f}x" if paper[2] else None,
             }
@@ -1452,19 +1525,26 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
             "batches": t["batches"],
             "seconds": both,
         }
-        values |= {"device": t["device"], "speed_up": baseline_both / both}
+        values |= {"device": t["device"], "speed_up": speed_up}
         values |= dict(zip(("paper_pickscore", "paper_seconds", "paper_speed_up"), paper, strict=True))
         table.append(values)
     print_table("Quality: means over prompts with 95 % bootstrap intervals, paired for differences", quality)
     devices = ", ".join(dict.fromkeys(r["device"] for r in table))
     print_table(f"Time on {devices}; the speed-up counts sampling and decoding", times)
-    print_table(f"Wins over Diffusion-DPO, {s.baseline_steps[0]} steps: same prompts and noise", wins_text(wins))
+    print_table(
+        f"Wins over Diffusion-DPO, {s.baseline_steps[0]} steps: same prompts and noise{pairs_note(s)}", wins_text(wins)
+    )
     paths = [save_table(out / "table1.csv", table), save_table(out / "wins.csv", wins)]
     paths.append(save_plot(plot_quality(table, names, baseline), out / "quality.png"))
     shown = [min((v for v in variants if v.name.startswith("dipo-")), key=lambda v: abs(v.steps - 30))]
     shown += [max((v for v in variants if v.name.startswith("diffusion-dpo-")), key=lambda v: v.steps)]
     files = [f"{i * s.images_per_prompt:05d}.png" for i in range(s.grid_prompts)]
     return paths + save_grids(out, "grid", shown, records, files, study_title(s), s.font)
+
+
+def pairs_note(s: Settings) -> str:
+    """What to know of win rates' intervals where prompts have several images."""
+    return "; images of one prompt count as independent" if s.images_per_prompt > 1 else ""
 
 
 def wins_text(wins: list[dict]) -> list[dict]:
@@ -1490,18 +1570,18 @@ def study_title(s: Settings) -> str:
 
 
 def image_seconds(records: list[dict]) -> dict:
-    """Seconds per image of a variant, means over the batches of its most frequent size, with 95 % intervals."""
-    batches = {(r["batch_size"], r["seconds_sampling"], r["seconds_decoding"]) for r in records}
-    sizes = [r["batch_size"] for r in records]
-    size = max(sorted(set(sizes)), key=sizes.count) if sizes else 0
-    chosen = sorted(b for b in batches if b[0] == size)
-    nothing = (math.nan,) * 3
+    """Seconds per image of a variant, means over the batches of its most frequent device and size, with 95 % intervals."""
+    kinds = [(r["device"], r["batch_size"]) for r in records]
+    device, size = max(sorted(set(kinds)), key=kinds.count)
+    batches = {
+        (r["seconds_sampling"], r["seconds_decoding"]) for r in records if (r["device"], r["batch_size"]) == (device, size)
+    }
     return {
         "batch_size": size,
-        "batches": len(chosen),
-        "sampling": mean_interval([b[1] for b in chosen]) if chosen else nothing,
-        "decoding": mean_interval([b[2] for b in chosen]) if chosen else nothing,
-        "device": records[0]["device"] if records else "",
+        "batches": len(batches),
+        "sampling": mean_interval([b[0] for b in sorted(batches)]),
+        "decoding": mean_interval([b[1] for b in sorted(batches)]),
+        "device": device,
     }
 
 
@@ -1549,14 +1629,14 @@ def score_folders(s: Settings) -> None:
     state = PartialState(cpu=s.device == "cpu", timeout=timedelta(days=7))
     device = torch.device(s.device) if ":" in s.device else state.device
     quiet_libraries()
-    dtype = DTYPES[s.dtype if s.dtype != "auto" else "fp32" if device.type == "cpu" else "fp16"]
-    scorers, tables = functools.cache(functools.partial(load_scorers, s, dtype)), {}
+    dtype_name = s.dtype if s.dtype != "auto" else "fp32" if device.type == "cpu" else "fp16"
+    scorers, tables = functools.cache(functools.partial(load_scorers, s, DTYPES[dtype_name])), {}
     for folder in s.folders:
         path = find_path(folder)
         records = {p.name: r for p in sorted(path.glob("[0-9]" * 5 + "*.png")) if (r := read_record(p))}
         if not records:
             raise UserError(f"--folders {folder}: no image with its prompt inside; make some with hasty_sample.py")
-        tables[folder] = score_images(s, path, records, state, device, scorers)
+        tables[folder] = score_images(s, path, records, state, device, dtype_name, scorers)
         (path / ".scores.lock").unlink(missing_ok=True)
     if not state.is_main_process:
         return
@@ -1568,11 +1648,13 @@ def score_folders(s: Settings) -> None:
                 {"folder": folder, "score": SCORES[name][0], "n": n, "mean": interval_text(*figures, SCORES[name][1])}
             )
     print_table("Means over prompts with 95 % bootstrap intervals", rows)
-    if len(tables) == 2:
-        (a, first), (b, second) = tables.items()
+    (a, first), *others = tables.items()
+    for b, second in others:
         wins = [{"score": SCORES[k][0]} | score_wins(first, second, k) for k in SCORES if k in first]
         if wins[0]["n"]:
             print_table(f"Wins of {a} over {b}, same prompts and seeds", wins_text(wins))
+        else:
+            print(f"\n{a} and {b} have no prompt and seed in common, so there is no win rate")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -1611,9 +1693,10 @@ def run_script(s: Settings, job) -> None:
             print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        print(f"error: {s.output_dir}: {e.strerror}; what is finished is kept, make room and run it again", file=sys.stderr)
+        place = e.filename or s.output_dir
+        print(f"error: {place}: {e.strerror}; what is finished is kept, put that right and run it again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; finished images and scores are kept, the same command goes on", file=sys.stderr)

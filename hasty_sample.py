@@ -170,6 +170,8 @@ def check_common(s: Settings) -> None:
     for flag, value in (("limit", s.limit), ("images-per-prompt", s.images_per_prompt), ("batch-size", s.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: use 1 or more")
+    if not s.output_dir.strip():
+        raise UserError("--output-dir is empty: give a folder")
     if not 0 <= s.seed < 2**62:
         raise UserError(f"--seed {s.seed}: use 0 to 2**62 - 1")
     caption_font(192, s.font)
@@ -226,7 +228,7 @@ def read_prompts(source: str, parti: str, limit: int | None) -> list[str]:
             if path.suffix.lower() == ".txt":
                 prompts = path.read_text(encoding="utf-8-sig").splitlines()
             elif path.suffix.lower() == ".csv":
-                prompts = prompt_column(pd.read_csv(path, dtype=str, keep_default_na=False), source)
+                prompts = prompt_column(read_csv(path), source)
             elif path.suffix.lower() == ".parquet":
                 prompts = prompt_column(pd.read_parquet(path), source)
             else:
@@ -237,6 +239,14 @@ def read_prompts(source: str, parti: str, limit: int | None) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts {source}: holds no prompt; put one on each line, or in the column prompt")
     return prompts
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A CSV as text; ValueError where a row has more cells than the header, which pandas would take for an index."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError("a row has more cells than the header; put quotes around prompts with commas")
+    return table
 
 
 def prompt_column(table: pd.DataFrame, source: str) -> list[str]:
@@ -595,7 +605,7 @@ def fingerprint(*names: str) -> str:
             if not path
             else [path]
             if path.is_file()
-            else sorted(f for f in path.rglob("*.*") if f.suffix in (".safetensors", ".pt"))
+            else sorted(f for f in path.rglob("*.*") if f.suffix in (".safetensors", ".pt", ".bin"))
         )
         for file in files:
             digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
@@ -695,8 +705,8 @@ def make_images(s: Settings) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()
         (out / ".writable").unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({e.strerror}); give another") from e
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({first_line(e)}); give another") from e
 
     quiet_libraries()
     try:
