@@ -1198,8 +1198,8 @@ def save_grids(
         label_font, text_font = caption_font(round(cell * 1.4), font), caption_font(cell, font)
         label, picture, text = round(cell * 0.72), round(cell * height / width), round(text_font.size * 5)
         band = len(variants) * (picture + gap) + text
-        top = round(label_font.size * 3.6)
         page_width = label + columns * (cell + gap) + gap
+        top = round(label_font.size * (2.2 if label_font.getlength(title) <= page_width - 2 * gap else 3.6))
         if page_width * (band + top) <= MAX_GRID_PIXELS or cell <= 96:
             break
         cell = round(cell * 0.9)
@@ -1213,9 +1213,9 @@ def save_grids(
         for k, names in enumerate(on_page):
             for row, v in enumerate(variants):
                 y = top + k * band + row * (picture + gap)
-                lines = math.ceil(label_font.getlength(v.label) / label)
+                lines = math.ceil(label_font.getlength(v.label) / (label - 2 * gap))
                 middle = round(y + picture / 2 - label_font.size * (0.5 + 0.625 * lines))
-                draw_caption(page, v.label, 0, middle, label, label_font, most=5)
+                draw_caption(page, v.label, gap, middle, label - 2 * gap, label_font, most=5)
                 for column, name in enumerate(names):
                     with Image.open(out / v.name / name) as image:
                         small = image.convert("RGB").resize((cell, picture), Image.Resampling.LANCZOS)
