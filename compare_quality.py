@@ -1182,8 +1182,8 @@ def score_images(s: Settings, out: Path, records: dict[str, dict], state, device
     by = scored_by(s, dtype_name)
     by, names = json.dumps(by), [k for k in by if k in SCORES]
     columns = ["file", "variant", "prompt", "category", "seed", "image", *names, "scored_by"]
-    known = read_scores(out, records, columns, by)[1]
-    todo = [f for f in records if f not in set(known["file"])]
+    known = set(read_scores(out, records, columns, by)[1]["file"])
+    todo = [f for f in records if f not in known]
     state.wait_for_everyone()
     share = todo[state.process_index :: state.num_processes]
     if share:

@@ -511,6 +511,8 @@ def test_a_missing_judge_costs_no_images(copy, run, script):
             ("--prompts", "comma.csv"),
             "a row has more cells than the header; put quotes around prompts",
         ),
+        ("Semantic_Categories", ("--prompts", "pickapic", "--pickapic", "nobody/no"), "--prompts pickapic: cannot be read"),
+        ("Semantic_Categories", ("--prompts", "hpdv2"), "--prompts hpdv2: cannot be read"),
         ("Semantic_Categories", ("--output-dir", ""), "--output-dir is empty"),
         ("Semantic_Categories", ("--output-dir", "~nosuch/x"), "--output-dir ~nosuch/x: cannot be written to"),
         ("Semantic_Categories", ("--output-dir", "taken"), "taken/dipo-30 cannot be made a folder"),
