@@ -144,6 +144,10 @@ def test_a_tiny_demo_leaves_tables_plots_and_grids(finished, script):
             table = pd.read_csv(folder / name)
             assert sorted(table.columns) == sorted(columns), name
             assert "n" not in table or set(table["n"]) <= {2, 6}
+    # Diffusion-DPO is ancestral: eta = 1; every other row but eta's own is deterministic.
+    for name in FOLDERS[script]:
+        eta = float(name.partition("eta-")[2] or "diffusion-dpo" in name)
+        assert hs.read_record(folder / name / "00000.png")["eta"] == eta
     for name in FILES[script]:
         assert name.endswith(".pdf") or name in said
         if name.endswith(".png"):
@@ -176,6 +180,10 @@ def test_the_tables_are_the_scores(finished):
     by_side = scores[scores["category"] == "landscape"].pivot(index="seed", columns="variant", values="pickscore")
     row = table.loc[("landscape", "PickScore")]
     assert row["wins"] == (by_side["dipo-3"] > by_side["diffusion-dpo-5"]).sum() and row["n"] == 2
+    by_side = scores.pivot(index="seed", columns="variant", values="pickscore")
+    gap, row = by_side["dipo-3"] - by_side["diffusion-dpo-5"], table.loc[("all", "PickScore")]
+    assert row["difference"] == pytest.approx(gap.mean()) and abs(gap.mean()) > 0.01
+    assert row["wins"] == (gap > 0).sum() and row["losses"] == (gap < 0).sum() and row["n"] == 6
 
     scores = pd.read_csv(finished[0] / "Human_Preference_compare/scores.csv")
     assert scores.groupby("variant")["pickscore"].mean().nunique() == 4
