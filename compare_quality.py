@@ -993,23 +993,24 @@ def free_memory(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def loading(flag: str, name: str, file: str = ""):
-    """UserError instead of whatever goes wrong while a scorer's weights (of that file) are loaded."""
+def loading(flag: str, name: str, *files: str):
+    """UserError instead of whatever goes wrong while a scorer's weights (of these files) are loaded."""
     try:
         yield
     except Exception as e:
         setting = flag.replace("-", "_")
-        command, reason = f"hf download {getattr(Settings, setting)} {file}".strip(), first_line(root_cause(e))[:200]
+        what, reason = " and ".join(files) or "it", first_line(root_cause(e))[:200]
+        command = " ".join(["hf download", getattr(Settings, setting), *files])
         raise UserError(
-            f"--{flag} {name}: {file or 'it'} cannot be loaded ({reason}); get it with {command!r}, or set {setting} at the "
-            f"top of {Path(__file__).name} to a copy; images that are made already are kept"
+            f"--{flag} {name}: {what} cannot be loaded ({reason}); get it with {command!r}, or set {setting} at the top of "
+            f"{Path(__file__).name} to a copy; images that are made already are kept"
         ) from e
 
 
 def load_pickscore(s: Settings, device: torch.device, dtype: torch.dtype):
     """PickScore (Kirstain et al. 2023): a function of N images (PIL) and their N prompts that gives scores (N,), float32,
     the model's scale times the cosine of image and text."""
-    with loading("pickscore", s.pickscore, "model.safetensors"):
+    with loading("pickscore", s.pickscore, "config.json", "model.safetensors"):
         model = CLIPModel.from_pretrained(
             str(find_path(s.pickscore) or s.pickscore), torch_dtype=dtype, use_safetensors=True
         )

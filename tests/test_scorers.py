@@ -250,7 +250,7 @@ def test_scoring_a_folder_is_continued_and_not_repeated(score, tmp_path, monkeyp
         (("--folders", "empty"), "no image with its prompt inside"),
         (
             ("--folders", "a", "--pickscore", "nobody/nothing"),
-            "--pickscore nobody/nothing: model.safetensors cannot be loaded",
+            "--pickscore nobody/nothing: config.json and model.safetensors cannot be loaded",
         ),
         (("--folders", "a", "--hpsv2", "empty"), "get it with 'hf download xswu/HPSv2 HPS_v2.1_compressed.pt'"),
         (("--folders", "a", "--hpsv2", "evil.pt"), "--hpsv2 evil.pt: HPS_v2.1_compressed.pt cannot be loaded"),
