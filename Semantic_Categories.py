@@ -29,6 +29,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -333,7 +334,7 @@ def study_prompts(s: Settings) -> list[tuple[str, str]]:
     except Exception as e:
         raise UserError(f"--prompts {s.prompts}: cannot be read: {first_line(root_cause(e))[:200]}") from e
     for column in table:
-        table[column] = table[column].where(table[column].notna(), "").astype(str).str.split().str.join(" ")
+        table[column] = table[column].where(table[column].notna(), "").astype(str).map(one_line)
     table = table[table["prompt"] != ""]
     there = list(dict.fromkeys(table["category"]))
     if unknown := [c for c in s.categories if c not in there]:
@@ -346,6 +347,18 @@ def study_prompts(s: Settings) -> list[tuple[str, str]]:
     rank = table.groupby("category", sort=False).cumcount()
     table = table[rank < (s.limit or len(table))]
     return list(table.assign(rank=rank).sort_values("rank", kind="stable")[["prompt", "category"]].itertuples(False, None))
+
+
+# Copied from hasty_sample.one_line
+def one_line(text: str) -> str:
+    """Text without control characters, with single blanks for its whitespace, which is how CLIP's tokenizers read it too."""
+    return " ".join("".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc").split())
+
+
+# Copied from hasty_sample.csv_text
+def csv_text(text: str) -> str:
+    """Text for a cell of a CSV: with an apostrophe in front where a spreadsheet would take it for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 # Copied from hasty_sample.read_csv
@@ -1127,8 +1140,8 @@ def score_images(s: Settings, out: Path, records: dict[str, dict], state, device
                 rows = {
                     "file": files,
                     "variant": [f.rpartition("/")[0] for f in files],
-                    "prompt": prompts,
-                    "category": [records[f].get("category", "") for f in files],
+                    "prompt": [csv_text(p) for p in prompts],
+                    "category": [csv_text(records[f].get("category", "")) for f in files],
                     "seed": [records[f]["seed"] for f in files],
                     "image": [image_id(records[f]) for f in files],
                     **{k: function(images, prompts).tolist() for k, function in functions.items()},
@@ -1195,6 +1208,7 @@ def print_table(title: str, rows: list[dict]) -> None:
 # Copied from compare_quality.save_table
 def save_table(path: Path, rows: list[dict]) -> Path:
     part = path.with_name(f".{path.name}.part")
+    rows = [{k: csv_text(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
     pd.DataFrame(rows).to_csv(part, index=False)
     os.replace(part, path)
     return path
@@ -1424,7 +1438,7 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
     for file, record in records.items():
         if file.startswith(f"{dipo.name}/") and int(Path(file).stem) % s.images_per_prompt == 0:
             files.setdefault(record["category"], []).append(Path(file).name)
-    scores = scores.assign(category=scores["category"].fillna(""))
+    scores = scores.assign(category=[records[f]["category"] for f in scores["file"]])
     parts = [(name or "(none)", scores[scores["category"] == name]) for name in files]
     if len(parts) > 1:
         parts.append(("all together" if "all" in files else "all", scores))
@@ -1440,7 +1454,7 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
             table.append({"category": category, "score": label} | wins | ends | means | {"paper": paper})
             rows.append(
                 {
-                    "category": category,
+                    "category": category if len(category) <= 40 else category[:39] + "…",
                     "score": label,
                     "n": wins["n"],
                     f"DIPO {dipo.steps} wins": percent_text(wins["win_rate"], wins["low"], wins["high"]),
@@ -1481,6 +1495,15 @@ def study_title(s: Settings) -> str:
     return f"{model}, guidance {s.guidance_scale:g}, seeds from {s.seed}, same prompt and initial noise in each column"
 
 
+def plot_text(text: str, most: int = 24) -> str:
+    """Text for matplotlib, at most that long: no mathematics in it, and no character that its font lacks, which the PDF
+    backend may fail at."""
+    known = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans")).get_charmap()
+    text = unicodedata.normalize("NFC", text if len(text) <= most else text[: most - 1] + "…")
+    text = "".join(c if ord(c) in known and unicodedata.category(c)[0] not in "CM" else "□" for c in text)
+    return text.replace("$", r"\$")
+
+
 def plot_wins(table: list[dict], by: str, labels: list[str]) -> Figure:
     """Bars of both sides' win rates with their intervals, grouped by a column of the table, a panel for each score; labels
     name the two sides."""
@@ -1495,7 +1518,7 @@ def plot_wins(table: list[dict], by: str, labels: list[str]) -> Figure:
             bars = np.maximum([y - low, high - y], 0)
             axes.bar(x + shift, y, 0.38, yerr=bars, color=colour, capsize=4, label=label, zorder=2)
         axes.axhline(50, color="black", linewidth=0.8, linestyle="--", zorder=3)
-        axes.set_xticks(x, [f"{r[by]}\nn = {r['n']}".replace("$", r"\$") for r in rows])
+        axes.set_xticks(x, [f"{plot_text(r[by])}\nn = {r['n']}" for r in rows])
         axes.set_ylim(0, 105)
         axes.set_title(f"{score}: which picture scores higher", fontsize=12)
         axes.tick_params(labelsize=11)

@@ -32,6 +32,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -373,7 +374,7 @@ def study_prompts(s: Settings) -> list[tuple[str, str]]:
     except Exception as e:
         raise UserError(f"--prompts {s.prompts}: cannot be read: {first_line(root_cause(e))[:200]}") from e
     for column in table:
-        table[column] = table[column].where(table[column].notna(), "").astype(str).str.split().str.join(" ")
+        table[column] = table[column].where(table[column].notna(), "").astype(str).map(one_line)
     table = table[table["prompt"] != ""]
     there = list(dict.fromkeys(table["category"]))
     if unknown := [c for c in s.categories if c not in there]:
@@ -386,6 +387,18 @@ def study_prompts(s: Settings) -> list[tuple[str, str]]:
     rank = table.groupby("category", sort=False).cumcount()
     table = table[rank < (s.limit or len(table))]
     return list(table.assign(rank=rank).sort_values("rank", kind="stable")[["prompt", "category"]].itertuples(False, None))
+
+
+# Copied from hasty_sample.one_line
+def one_line(text: str) -> str:
+    """Text without control characters, with single blanks for its whitespace, which is how CLIP's tokenizers read it too."""
+    return " ".join("".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc").split())
+
+
+# Copied from hasty_sample.csv_text
+def csv_text(text: str) -> str:
+    """Text for a cell of a CSV: with an apostrophe in front where a spreadsheet would take it for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 # Copied from hasty_sample.read_csv
@@ -1200,8 +1213,8 @@ def score_images(s: Settings, out: Path, records: dict[str, dict], state, device
                 rows = {
                     "file": files,
                     "variant": [f.rpartition("/")[0] for f in files],
-                    "prompt": prompts,
-                    "category": [records[f].get("category", "") for f in files],
+                    "prompt": [csv_text(p) for p in prompts],
+                    "category": [csv_text(records[f].get("category", "")) for f in files],
                     "seed": [records[f]["seed"] for f in files],
                     "image": [image_id(records[f]) for f in files],
                     **{k: function(images, prompts).tolist() for k, function in functions.items()},
@@ -1261,6 +1274,7 @@ def print_table(title: str, rows: list[dict]) -> None:
 
 def save_table(path: Path, rows: list[dict]) -> Path:
     part = path.with_name(f".{path.name}.part")
+    rows = [{k: csv_text(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
     pd.DataFrame(rows).to_csv(part, index=False)
     os.replace(part, path)
     return path

@@ -25,6 +25,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import warnings
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -235,10 +236,20 @@ def read_prompts(source: str, parti: str, limit: int | None) -> list[str]:
                 raise UserError(f"--prompts {source}: of no known kind; give a .txt, .csv or .parquet file, or parti")
         except (ValueError, OSError) as e:
             raise UserError(f"--prompts {source}: cannot be read: {first_line(e)}") from e
-    prompts = [p.strip() for p in prompts if p.strip()][:limit]
+    prompts = [line for p in prompts if (line := one_line(p))][:limit]
     if not prompts:
         raise UserError(f"--prompts {source}: holds no prompt; put one on each line, or in the column prompt")
     return prompts
+
+
+def one_line(text: str) -> str:
+    """Text without control characters, with single blanks for its whitespace, which is how CLIP's tokenizers read it too."""
+    return " ".join("".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc").split())
+
+
+def csv_text(text: str) -> str:
+    """Text for a cell of a CSV: with an apostrophe in front where a spreadsheet would take it for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -695,6 +706,7 @@ def make_images(s: Settings) -> None:
     if s.demo:
         s = with_demo(s)
     check_settings(s)
+    s = replace(s, negative_prompt=one_line(s.negative_prompt))
     prompts = read_prompts(s.prompts, s.parti, s.limit)
     # A process that is done early waits for the others longer than the ten minutes that NCCL would allow.
     state = PartialState(cpu=s.device == "cpu", timeout=timedelta(days=7))
@@ -840,7 +852,8 @@ def device_name(device: torch.device) -> str:
 def finish(s: Settings, out: Path, paths: list[Path], seconds: list[float]) -> None:
     """Write images.csv and grid.png from the finished PNGs, and say where they are."""
     records = [{"file": p.name} | read_record(p) for p in paths]
-    pd.DataFrame(records).to_csv(out / ".images.csv.part", index=False)
+    rows = [{k: csv_text(v) if isinstance(v, str) else v for k, v in r.items()} for r in records]
+    pd.DataFrame(rows).to_csv(out / ".images.csv.part", index=False)
     os.replace(out / ".images.csv.part", out / "images.csv")
     columns = s.images_per_prompt if 1 < s.images_per_prompt <= 8 else min(len(paths), max(4, math.isqrt(len(paths))))
     grid, shown = make_grid(paths, [r["prompt"] for r in records], columns, s.font)

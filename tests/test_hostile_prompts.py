@@ -1,0 +1,129 @@
+"""Prompts are data: whatever they hold, no file lands outside the output folder, and every CSV and PNG can be read."""
+
+import csv
+import importlib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+import compare_quality as cq
+import hasty_sample as hs
+
+HOSTILE = [
+    *("../../escape", "/etc/passwd", "..", ".", "~", "C:\\windows\\system32", "a/b/c.png", "00000.png", "con", "nul.txt"),
+    *("%2e%2e%2f", "=cmd|' /C calc'!A0", "=1+1", "+1+1", "-1+1", "@SUM(A1:A9)", "'=1", '=HYPERLINK("http://x","y")'),
+    *('"', '""', "'", '"quoted" and "more', "a,b,c", "a;b\tc", 'comma, "quote", both', "tail\\"),
+    *("two\nlines", "two\r\nlines", "carriage\rreturn", "line\u2028separator", "\tleading tab", "nul\x00inside"),
+    *(
+        "bell\x07escape\x1b[31mred",
+        "😀 👩\u200d👩\u200d👧",
+        "中文提示词",
+        "مرحبا بالعالم",
+        "e\u0301 combining",
+        "\u202eright to left",
+    ),
+    *("\ufeffmark", "x" * 10_000, "long " * 2_000, "<script>alert(1)</script>", "{prompt}", "%s %d %n", "$x_$ \\frac{1}"),
+    *("`rm -rf /`", "$(touch harm)", "None", "nan", "NULL", "0", "Negative prompt: all\nSteps: 1, Sampler: x"),
+    *("a | b | c", "<!-- end -->"),
+]
+STUDIES = {
+    "compare_quality": ("--steps", 2, "--baseline-steps", 3, "--samplers", "euler", "--sampler-steps", 2),
+    "Ablation_experiment": ("--num-inference-steps", 2, "--etas", 0, 1),
+    "Semantic_Categories": ("--dipo-steps", 2, "--baseline-steps", 3),
+    "Human_Preference_compare": ("--dipo-steps", 2, "--baseline-steps", 3),
+}
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A table with every hostile text as a prompt, and as the category of one."""
+    table = pd.DataFrame({"prompt": HOSTILE, "category": HOSTILE[1:] + HOSTILE[:1]})
+    path = tmp_path / "in" / "prompts.parquet"
+    path.parent.mkdir()
+    table.to_parquet(path)
+    return path
+
+
+def check_folder(folder, images):
+    """Every PNG opens, every CSV has whole rows and no formula, nothing lies outside."""
+    assert {p.name for p in folder.parent.iterdir()} == {"in", folder.name}
+    for path in folder.rglob("*"):
+        assert path.is_dir() or path.suffix in (".png", ".pdf", ".csv"), path
+        assert len(path.name) < 100
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                image.verify()
+        if path.suffix == ".csv":
+            with open(path, encoding="utf-8", newline="") as f:
+                rows = list(csv.reader(f, strict=True))
+            assert len({len(row) for row in rows}) == 1 and len(rows) == len(pd.read_csv(path)) + 1, path
+            texts = [cell for row in rows for cell in row if not is_number(cell)]
+            assert not any(cell.startswith(("=", "+", "-", "@")) for cell in texts), path
+            assert all(c.isprintable() or hs.unicodedata.category(c) != "Cc" for cell in texts for c in cell)
+    assert len(list(folder.rglob("0*.png"))) == images
+
+
+def is_number(cell):
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def test_texts_are_made_harmless_and_no_more():
+    assert hs.one_line(" a \n b\x00\x1b[31m\tc ") == "a b[31m c"
+    assert hs.one_line("👩\u200d👧") == "👩\u200d👧"
+    texts = {"=1": "'=1", "+1": "'+1", "-1": "'-1", "@a": "'@a", "1=1": "1=1", "": "", "'=1": "'=1"}
+    assert {x: hs.csv_text(x) for x in texts} == texts
+
+
+def test_hasty_sample(run, prompts, tmp_path):
+    code, _, err = run(
+        *("hasty_sample", "--demo", "--prompts", prompts, "--num-inference-steps", 2, "--batch-size", 12),
+        *("--negative-prompt", "=1+1\n\ttwo", "--output-dir", "out"),
+    )
+    assert code == 0 and "Traceback" not in err, err
+    wanted = [hs.one_line(p) for p in HOSTILE]
+    check_folder(tmp_path / "out", len(wanted))
+    assert len(wanted) >= 50 and all(wanted)
+    for i, prompt in enumerate(wanted):
+        record = hs.read_record(Path(f"out/{i:05d}.png"))
+        assert record["prompt"] == prompt
+        with Image.open(f"out/{i:05d}.png") as image:
+            first, second, last = image.info["parameters"].split("\n")
+        assert first == prompt and second == "Negative prompt: =1+1 two" and last.startswith("Steps: 2, Sampler: DDIM")
+    table = pd.read_csv("out/images.csv", keep_default_na=False, dtype=str)
+    assert table["prompt"].tolist() == [hs.csv_text(p) for p in wanted]
+    # And the same command goes on with what it made.
+    code, out, err = run(
+        *("hasty_sample", "--demo", "--prompts", prompts, "--num-inference-steps", 2, "--batch-size", 12),
+        *("--negative-prompt", "=1+1\n\ttwo", "--output-dir", "out"),
+    )
+    assert code == 0 and f"{len(wanted)} of {len(wanted)} images" in out, err
+
+
+@pytest.mark.parametrize("script", STUDIES)
+def test_studies(run, prompts, tmp_path, monkeypatch, script):
+    flags = (script, "--demo", *STUDIES[script], "--prompts", prompts, "--output-dir", "out")
+    code, out, err = run(*flags)
+    assert code == 0 and "Traceback" not in err, err
+    assert "\x1b[31m" not in out and "\x00" not in out
+    check_folder(tmp_path / "out", len(HOSTILE) * {"c": 3, "H": 4}.get(script[0], 2))
+    scores = pd.read_csv("out/scores.csv", keep_default_na=False, dtype=str)
+    assert set(scores["prompt"]) == {hs.csv_text(hs.one_line(p)) for p in HOSTILE}
+    if script == "Semantic_Categories":
+        table = pd.read_csv("out/categories.csv", keep_default_na=False, dtype=str)
+        categories = {hs.csv_text(hs.one_line(c)) for c in HOSTILE}
+        assert set(table["category"]) == categories | {"all"} and set(table["n"]) == {"1", "2", str(len(HOSTILE))}
+    monkeypatch.setattr(importlib.import_module(script), "load_scorers", lambda *_: 1 / 0)
+    assert run(*flags)[0] == 0
+
+
+def test_every_prompt_of_a_text_file_is_its_own(tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(HOSTILE), encoding="utf-8")
+    read = hs.read_prompts(str(tmp_path / "p.txt"), "", None)
+    assert read == [p for p, _ in cq.study_prompts(cq.Settings(prompts=str(tmp_path / "p.txt")))]
+    assert all(p == hs.one_line(p) and p for p in read)
