@@ -83,5 +83,5 @@ def test_any_settings_are_valid_or_the_clear_error(**values):
     if valid(s):
         hs.check_settings(s)
     else:
-        with pytest.raises(hs.UserError, match="^--[a-z-]+ .*: use "):
+        with pytest.raises(hs.UserError, match=r"^--[a-z-]+ .*: use "):
             hs.check_settings(s)
