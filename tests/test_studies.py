@@ -113,7 +113,8 @@ def finished(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
     for script, flags in TINY.items():
-        patch.setattr(sys, "argv", [f"{script}.py", *map(str, (*flags, "--demo", "--limit", 2, "--output-dir", script))])
+        arguments = (*flags, "--demo", "--limit", 2, "--device", "cpu", "--output-dir", script)
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             importlib.import_module(script).main()
