@@ -49,7 +49,7 @@ import torchvision.transforms.v2.functional as TF
 import transformers
 import tyro
 from accelerate import PartialState
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils import broadcast_object_list, find_executable_batch_size
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
@@ -1333,39 +1333,55 @@ def run_study(s: Settings, variants: list[Variant], report) -> None:
     process, which gives the paths to print. Processes of an accelerate launch share images and scores."""
     prompts = study_prompts(s)
     state, device, dtype_name, out = start_run(s)
-    try:
-        with FileLock(out / ".lock", timeout=0) if state.is_main_process else contextlib.nullcontext():
-            wanted = wanted_images(s, variants, prompts, dtype_name)
-            done = finished_images(s, out, wanted)
-            todo = {f: r for f, r in wanted.items() if f not in done}
-            # Every process has to have looked before the first one writes.
-            state.wait_for_everyone()
-            if state.is_main_process:
-                clean_up(s, out, variants)
-                print(f"{len(done)} of {len(wanted)} images are in {out}" + (", none are made" if s.score_only else ""))
-            state.wait_for_everyone()
-            # Loaded before the images are made, so that a wrong path shows at once and not hours later.
-            scorers = functools.cache(functools.partial(load_scorers, s, DTYPES[dtype_name]))
-            if todo and not s.score_only:
-                scorers()
-                make_images(s, variants, todo, out, state, device, DTYPES[dtype_name])
-                free_memory(device)
-            state.wait_for_everyone()
-            records = {f: r for f in wanted if (r := done.get(f) or (read_record(out / f) if f in todo else None))}
-            records = {f: r for f, r in records.items() if not difference(r, wanted[f])}
-            if not records:
-                raise UserError(f"--score-only: no images of this study in {out}; run it without --score-only first")
-            scores = score_images(s, out, records, state, device, dtype_name, scorers)
-            if state.is_main_process:
-                there, records = common_images(variants, records, len(wanted))
-                scores = scores[scores["file"].isin(list(records))]
-                paths = report(s, there, scores, records, out)
-                print("\n" + ", ".join(map(str, [out / "scores.csv", *paths])))
-                for lock in (out / ".lock", out / ".scores.lock"):
-                    lock.unlink(missing_ok=True)
-    except Timeout as e:
-        raise UserError(f"--output-dir {s.output_dir}: another run is writing there; wait for it, or give another") from e
+    with claimed(out, state):
+        wanted = wanted_images(s, variants, prompts, dtype_name)
+        done = finished_images(s, out, wanted)
+        todo = {f: r for f, r in wanted.items() if f not in done}
+        # Every process has to have looked before the first one writes.
+        state.wait_for_everyone()
+        if state.is_main_process:
+            clean_up(s, out, variants)
+            print(f"{len(done)} of {len(wanted)} images are in {out}" + (", none are made" if s.score_only else ""))
+        state.wait_for_everyone()
+        # Loaded before the images are made, so that a wrong path shows at once and not hours later.
+        scorers = functools.cache(functools.partial(load_scorers, s, DTYPES[dtype_name]))
+        if todo and not s.score_only:
+            scorers()
+            make_images(s, variants, todo, out, state, device, DTYPES[dtype_name])
+            free_memory(device)
+        state.wait_for_everyone()
+        records = {f: r for f in wanted if (r := done.get(f) or (read_record(out / f) if f in todo else None))}
+        records = {f: r for f, r in records.items() if not difference(r, wanted[f])}
+        if not records:
+            raise UserError(f"--score-only: no images of this study in {out}; run it without --score-only first")
+        scores = score_images(s, out, records, state, device, dtype_name, scorers)
+        if state.is_main_process:
+            there, records = common_images(variants, records, len(wanted))
+            scores = scores[scores["file"].isin(list(records))]
+            paths = report(s, there, scores, records, out)
+            print("\n" + ", ".join(map(str, [out / "scores.csv", *paths])))
+            for lock in (out / ".lock", out / ".scores.lock"):
+                lock.unlink(missing_ok=True)
     state.destroy_process_group()
+
+
+# Copied from hasty_sample.claimed
+@contextlib.contextmanager
+def claimed(out: Path, state: PartialState):
+    """Hold the output folder's lock, on the main process; UserError on every process where another run holds it."""
+    lock, taken = FileLock(out / ".lock", timeout=0), [False]
+    if state.is_main_process:
+        try:
+            lock.acquire()
+        except Timeout:
+            taken = [True]
+    broadcast_object_list(taken)
+    if taken[0]:
+        raise UserError(f"--output-dir {out}: another run is writing there; wait for it, or give another")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # Copied from compare_quality.common_images

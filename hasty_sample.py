@@ -40,7 +40,7 @@ import torch
 import transformers
 import tyro
 from accelerate import PartialState
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils import broadcast_object_list, find_executable_batch_size
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -721,12 +721,27 @@ def make_images(s: Settings) -> None:
         raise UserError(f"--output-dir {s.output_dir}: cannot be written to ({first_line(e)}); give another") from e
 
     quiet_libraries()
-    try:
-        with FileLock(out / ".lock", timeout=0) if state.is_main_process else contextlib.nullcontext():
-            fill_folder(s, prompts, out, state, device, dtype_name)
-    except Timeout as e:
-        raise UserError(f"--output-dir {s.output_dir}: another run is writing there; wait for it, or give another") from e
+    with claimed(out, state):
+        fill_folder(s, prompts, out, state, device, dtype_name)
     state.destroy_process_group()
+
+
+@contextlib.contextmanager
+def claimed(out: Path, state: PartialState):
+    """Hold the output folder's lock, on the main process; UserError on every process where another run holds it."""
+    lock, taken = FileLock(out / ".lock", timeout=0), [False]
+    if state.is_main_process:
+        try:
+            lock.acquire()
+        except Timeout:
+            taken = [True]
+    broadcast_object_list(taken)
+    if taken[0]:
+        raise UserError(f"--output-dir {out}: another run is writing there; wait for it, or give another")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def fill_folder(

@@ -555,6 +555,35 @@ def test_a_second_run_in_the_same_folder_is_told(run):
     assert code == 2 and "--output-dir out: another run is writing there" in err
 
 
+def test_both_processes_are_told_of_a_second_run(tmp_path):
+    (tmp_path / "out").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    with FileLock(tmp_path / "out/.lock"):
+        done = subprocess.run(
+            [
+                *launch,
+                str(ROOT / "Ablation_experiment.py"),
+                "--demo",
+                "--limit",
+                "1",
+                "--device",
+                "cpu",
+                "--output-dir",
+                "out",
+            ],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode != 0 and done.stderr.count("error: --output-dir out: another run is writing there") == 1
+    assert 'Ablation_experiment.py", line' not in done.stderr and not list((tmp_path / "out").glob("*/*.png"))
+
+
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
