@@ -159,7 +159,7 @@ HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 # What a score is called, and its decimals.
 SCORES = {"pickscore": ("PickScore", 3), "hpsv2": ("HPSv2", 4)}
 # Okabe and Ito's colours, which colour-blind readers tell apart.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 # Copied from hasty_sample.DTYPES
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Copied from hasty_sample.SPACINGS
@@ -1147,14 +1147,14 @@ def score_images(s: Settings, out: Path, records: dict[str, dict], state, device
                     **{k: function(images, prompts).tolist() for k, function in functions.items()},
                     "scored_by": by,
                 }
-                add_rows(s, out, records, pd.DataFrame(rows), columns, by)
+                add_rows(out, pd.DataFrame(rows), columns, by)
                 bar.update(len(files))
     state.wait_for_everyone()
     return read_scores(out, records, columns, by)[1].astype({"seed": int})
 
 
 # Copied from compare_quality.add_rows
-def add_rows(s: Settings, out: Path, records: dict, rows: pd.DataFrame, columns: list[str], by: str) -> None:
+def add_rows(out: Path, rows: pd.DataFrame, columns: list[str], by: str) -> None:
     """Put rows into scores.csv, by variant and file, in the place of older ones of the same files. What is there is whole at
     any moment, and processes take turns."""
     with FileLock(out / ".scores.lock"):
@@ -1215,8 +1215,10 @@ def save_table(path: Path, rows: list[dict]) -> Path:
 
 
 # Copied from compare_quality.save_plot
-def save_plot(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, and as PDF beside it."""
+def save_plot(s: Settings, figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, and as PDF beside it; the demo's says so, wherever it is shown."""
+    if s.base_model == DEMO["base_model"]:
+        figure.suptitle("demo model and its own judges in place of PickScore and HPSv2, not SDXL", fontsize=12)
     for suffix in (".pdf", ".png"):
         part = path.with_name(f".{path.stem}{suffix}.part")
         figure.savefig(part, dpi=150, format=suffix[1:])
@@ -1485,7 +1487,7 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
     print_table(title + pairs_note(s), rows)
     paths = [
         save_table(out / "categories.csv", table),
-        save_plot(plot_wins(table, "category", [v.label for v in variants]), out / "categories.png"),
+        save_plot(s, plot_wins(table, "category", [v.label for v in variants]), out / "categories.png"),
     ]
     stems = set()
     for category, names in files.items():

@@ -1220,13 +1220,13 @@ def score_images(s: Settings, out: Path, records: dict[str, dict], state, device
                     **{k: function(images, prompts).tolist() for k, function in functions.items()},
                     "scored_by": by,
                 }
-                add_rows(s, out, records, pd.DataFrame(rows), columns, by)
+                add_rows(out, pd.DataFrame(rows), columns, by)
                 bar.update(len(files))
     state.wait_for_everyone()
     return read_scores(out, records, columns, by)[1].astype({"seed": int})
 
 
-def add_rows(s: Settings, out: Path, records: dict, rows: pd.DataFrame, columns: list[str], by: str) -> None:
+def add_rows(out: Path, rows: pd.DataFrame, columns: list[str], by: str) -> None:
     """Put rows into scores.csv, by variant and file, in the place of older ones of the same files. What is there is whole at
     any moment, and processes take turns."""
     with FileLock(out / ".scores.lock"):
@@ -1280,8 +1280,10 @@ def save_table(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def save_plot(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, and as PDF beside it."""
+def save_plot(s: Settings, figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, and as PDF beside it; the demo's says so, wherever it is shown."""
+    if s.base_model == DEMO["base_model"]:
+        figure.suptitle("demo model and its own judges in place of PickScore and HPSv2, not SDXL", fontsize=12)
     for suffix in (".pdf", ".png"):
         part = path.with_name(f".{path.stem}{suffix}.part")
         figure.savefig(part, dpi=150, format=suffix[1:])
@@ -1566,7 +1568,7 @@ def report(s: Settings, variants: list[Variant], scores: pd.DataFrame, records: 
         f"Wins over Diffusion-DPO, {s.baseline_steps[0]} steps: same prompts and noise{pairs_note(s)}", wins_text(wins)
     )
     paths = [save_table(out / "table1.csv", table), save_table(out / "wins.csv", wins)]
-    paths.append(save_plot(plot_quality(table, names, baseline), out / "quality.png"))
+    paths.append(save_plot(s, plot_quality(table, names, baseline), out / "quality.png"))
     shown = [min((v for v in variants if v.name.startswith("dipo-")), key=lambda v: abs(v.steps - 30))]
     shown += [max((v for v in variants if v.name.startswith("diffusion-dpo-")), key=lambda v: v.steps)]
     files = [f"{i * s.images_per_prompt:05d}.png" for i in range(s.grid_prompts)]
@@ -1651,7 +1653,7 @@ def plot_quality(table: list[dict], names: list[str], baseline: str) -> Figure:
         axes.set_title(f"{SCORES[name][0]}: paired differences, 95 %, n = {reference['n']} prompts", fontsize=12)
         axes.tick_params(labelsize=11)
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=10)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=11)
     return figure
 
 

@@ -307,20 +307,20 @@ def test_a_run_stopped_while_scoring_goes_on(copy, run, monkeypatch):
     assert np.abs(again["hpsv2"] - pd.read_csv(io.BytesIO(whole))["hpsv2"]).max() < 1e-5
 
 
-def test_two_processes_make_one_set_of_tables(finished, tmp_path):
+def two_processes(folder, *flags):
+    """Ablation_experiment.py --demo on two CPU processes, inside a folder; what it printed, and its exit code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = [*map(str, TINY["Ablation_experiment"]), "--demo", "--limit", "2", "--device", "cpu", "--output-dir", "out"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*launch, str(ROOT / "Ablation_experiment.py"), *flags, "--scoring-batch-size", "3"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    flags = ["--demo", "--device", "cpu", "--output-dir", "out", *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launch, str(ROOT / "Ablation_experiment.py"), *flags]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_make_one_set_of_tables(finished, tmp_path):
+    done = two_processes(tmp_path, *TINY["Ablation_experiment"], "--limit", 2, "--scoring-batch-size", 3)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fluctuation.csv") == 1
     whole, shared = (pd.read_csv(f / "scores.csv") for f in (finished[0] / "Ablation_experiment", tmp_path / "out"))
@@ -557,29 +557,8 @@ def test_a_second_run_in_the_same_folder_is_told(run):
 
 def test_both_processes_are_told_of_a_second_run(tmp_path):
     (tmp_path / "out").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     with FileLock(tmp_path / "out/.lock"):
-        done = subprocess.run(
-            [
-                *launch,
-                str(ROOT / "Ablation_experiment.py"),
-                "--demo",
-                "--limit",
-                "1",
-                "--device",
-                "cpu",
-                "--output-dir",
-                "out",
-            ],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = two_processes(tmp_path)
     assert done.returncode != 0 and done.stderr.count("error: --output-dir out: another run is writing there") == 1
     assert 'Ablation_experiment.py", line' not in done.stderr and not list((tmp_path / "out").glob("*/*.png"))
 
