@@ -1,0 +1,197 @@
+"""A small hub on the loopback interface, which speaks as much of huggingface.co's protocol as its Python clients use:
+repository information, trees, files with ranges, large files by redirect; and which can fail in the ways a hub fails."""
+
+import hashlib
+import json
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LARGE = (".safetensors", ".bin", ".pt", ".parquet")
+REPO = r"/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
+
+
+def git_sha1(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class Hub:
+    """with Hub({"owner/name": {"config.json": b"{}"}}) as hub: ... HF_ENDPOINT=hub.url
+
+    cut: {file name: bytes after which its transfer breaks off}, once for each. swap: {file name: what is sent instead}.
+    refuse: {repository: (status, the hub's error code)} for all its requests, or for its files only in refuse_files.
+    pause: seconds between pieces of 64 KB. requests: (method, path, range) of all that was asked; authorizations: (path,
+    header).
+    """
+
+    def __init__(self, models: dict, datasets: dict | None = None):
+        self.repos = {"models": models, "datasets": datasets or {}}
+        self.cut, self.swap, self.refuse, self.refuse_files, self.tokens = {}, {}, {}, {}, {}
+        self.revisions = {"main"}
+        self.pause, self.requests, self.authorizations = 0.0, [], []
+
+    def __enter__(self):
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def commit(self, repo: str) -> str:
+        return hashlib.sha1(repo.encode()).hexdigest()
+
+    def fetched(self) -> list[str]:
+        """Names of the files of which something was sent."""
+        return [
+            path.rsplit("/", 1)[1] for method, path, _ in self.requests if method == "GET" and not path.startswith("/api")
+        ]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.answer()
+
+    do_HEAD = do_POST = do_GET
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        self.hub.authorizations.append((path, self.headers.get("Authorization")))
+        if found := re.fullmatch(rf"/large{REPO}/(?P<file>.+)", path):
+            return self.send_file(self.hub.repos[found["kind"]][found["repo"]], found["file"])
+        kind = "models"
+        if path.startswith("/datasets/"):
+            kind, path = "datasets", path.removeprefix("/datasets")
+        if found := re.fullmatch(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path):
+            return self.resolve(kind, **found.groupdict())
+        if found := re.fullmatch(
+            rf"/api{REPO}(?:/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<sub>.*))?)?", path
+        ):
+            return self.api(found, parse_qs(url.query), body)
+        return self.refuse(404, "EntryNotFound")
+
+    def known(self, kind, repo, revision, of_files=False) -> bool:
+        """Whether repository and revision are there for who asks; answers with the hub's errors otherwise."""
+        refused = self.hub.refuse.get(repo) or (of_files and self.hub.refuse_files.get(repo))
+        token = self.hub.tokens.get(repo)
+        if refused and not (token and self.headers.get("Authorization") == f"Bearer {token}"):
+            self.refuse(*refused)
+        elif repo not in self.hub.repos[kind]:
+            self.refuse(404, "RepoNotFound")
+        elif revision not in {*self.hub.revisions, self.hub.commit(repo)}:
+            self.refuse(404, "RevisionNotFound")
+        else:
+            return True
+        return False
+
+    def api(self, found, query, body):
+        kind, repo, revision = found["kind"], found["repo"], found["revision"] or "main"
+        if not self.known(kind, repo, revision):
+            return
+        files, commit = self.hub.repos[kind][repo], self.hub.commit(repo)
+        if found["what"] == "paths-info":
+            text = body.decode()
+            wanted = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
+            return self.send_json(
+                [self.entry(p, files[p]) for p in wanted if p in files]
+                + [self.directory(p) for p in wanted if any(f.startswith(f"{p}/") for f in files)]
+            )
+        if found["what"] == "tree":
+            sub = f"{found['sub']}/" if found["sub"] else ""
+            inside = {p: data for p, data in files.items() if p.startswith(sub)}
+            if query.get("recursive", ["false"])[0].lower() == "true":
+                folders = {p.rsplit("/", 1)[0] for p in inside if "/" in p}
+            else:
+                folders = {sub + p.removeprefix(sub).split("/")[0] for p in inside if "/" in p.removeprefix(sub)}
+                inside = {p: data for p, data in inside.items() if "/" not in p.removeprefix(sub)}
+            return self.send_json(
+                [self.directory(p) for p in sorted(folders)] + [self.entry(p, d) for p, d in inside.items()]
+            )
+        siblings = [{"rfilename": path} for path in files]
+        if "blobs" in query:
+            for sibling in siblings:
+                entry = self.entry(sibling["rfilename"], files[sibling["rfilename"]])
+                sibling |= {"size": entry["size"], "blobId": entry["oid"]}
+                if "lfs" in entry:
+                    sibling["lfs"] = entry["lfs"] | {"sha256": entry["lfs"]["oid"]}
+        self.send_json({"_id": "0", "id": repo, "sha": commit, "siblings": siblings, "private": False, "tags": []})
+
+    def entry(self, path, data):
+        entry = {"type": "file", "path": path, "size": len(data), "oid": git_sha1(data)}
+        if path.endswith(LARGE):
+            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return entry
+
+    def directory(self, path):
+        return {"type": "directory", "path": path, "size": 0, "oid": git_sha1(path.encode())}
+
+    def resolve(self, kind, repo, revision, file):
+        if not self.known(kind, repo, revision, of_files=True):
+            return
+        files = self.hub.repos[kind][repo]
+        if file not in files:
+            return self.refuse(404, "EntryNotFound")
+        commit = {"X-Repo-Commit": self.hub.commit(repo)}
+        if not file.endswith(LARGE):
+            return self.send_file(files, file, {**commit, "ETag": f'"{git_sha1(files[file])}"'})
+        self.send_response(302)
+        # Another host, as the real hub does: its client follows redirects within a host when it asks for metadata.
+        location = f"{self.hub.url}/large/{kind}/{repo}/{file}".replace("127.0.0.1", "localhost")
+        linked = {"X-Linked-Etag": f'"{hashlib.sha256(files[file]).hexdigest()}"', "X-Linked-Size": len(files[file])}
+        for name, value in {**commit, **linked, "Location": location, "Content-Length": 0}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def send_file(self, files, file, headers=()):
+        data = files[file]
+        if file in self.hub.swap and self.command == "GET":
+            data = self.hub.swap[file]
+        start, status = 0, 200
+        size = len(data)
+        headers = {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream", **dict(headers)}
+        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            start, end = int(found[1]), min(int(found[2] or size - 1), size - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{size}"
+            data, status = data[start : end + 1], 206
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(data)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        cut = self.hub.cut.pop(file, None)
+        for at in range(0, len(data), 1 << 16):
+            if cut is not None and at >= cut:
+                self.close_connection = True
+                self.connection.close()
+                return
+            self.wfile.write(data[at : at + (1 << 16)])
+            time.sleep(self.hub.pause)
+
+    def send_json(self, value):
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def refuse(self, status, code):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()

@@ -1,0 +1,608 @@
+"""download_models.py against a hub on the loopback interface (hub.py), by the real huggingface_hub and datasets."""
+
+import ast
+import errno
+import hashlib
+import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import DEMO, ROOT
+from hub import Hub
+from PIL import Image
+
+import compare_quality as cq
+import download_models as dm
+import hasty_sample as hs
+import train_dipo as td
+
+REPO = {name: source.repo for name, source in dm.SOURCES.items()}
+
+
+def stand_ins() -> tuple[dict, dict]:
+    """Repositories laid out as the real ones, second copies and all, with the demo's models in their files."""
+    base, judge = {}, ROOT / "assets/demo/pickscore"
+    for path in sorted(p for p in DEMO.rglob("*") if p.is_file()):
+        name = path.relative_to(DEMO).as_posix()
+        base[name.replace(".safetensors", ".fp16.safetensors")] = path.read_bytes()
+    base |= dict.fromkeys(("sd_xl_base_1.0.safetensors", "unet/model.onnx", "unet/diffusion_flax_model.msgpack"), b"huge")
+    base |= dict.fromkeys(("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"), b"full precision")
+    clip = {p.name: p.read_bytes() for p in judge.iterdir()}
+    processor = {name: clip[name] for name in clip if name != "model.safetensors"}
+    # The tokenizers library's file, which the real ones have and slow tokenizers do not write.
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(judge).backend_tokenizer.to_str().encode()
+    processor["tokenizer.json"] = tokenizer
+    weights = {"model.safetensors": clip["model.safetensors"], "pytorch_model.bin": b"the same as a pickle"}
+    vae = (DEMO / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    unet = ROOT / "assets/demo/dpo-unet"
+    hpsv2 = (ROOT / "assets/demo/hpsv2/HPS_v2.1_compressed.pt").read_bytes()
+    models = {
+        REPO["pickscore"]: {"config.json": clip["config.json"], **weights},
+        REPO["pickscore-processor"]: {**processor, "open_clip_pytorch_model.bin": b"not needed"},
+        REPO["hpsv2"]: {"HPS_v2.1_compressed.pt": hpsv2, "HPS_v2_compressed.pt": b"the older one"},
+        REPO["clip"]: {**processor, **weights, "flax_model.msgpack": b"not needed"},
+        REPO["base-model"]: base,
+        REPO["vae"]: {
+            "config.json": (DEMO / "vae/config.json").read_bytes(),
+            "diffusion_pytorch_model.safetensors": vae,
+            "diffusion_pytorch_model.bin": b"the same as a pickle",
+        },
+        REPO["dpo-unet"]: {f"unet/{p.name}": p.read_bytes() for p in unet.iterdir()},
+    }
+    header = "Prompt\tCategory\tChallenge\tNote\n"
+    parti = {"PartiPrompts.tsv": f"{header}a red circle\tAbstract\tBasic\t\na blue house\tOutdoor\tBasic\t\n".encode()}
+    return models, {REPO["parti"]: {**parti, "README.md": b"---\nlicense: apache-2.0\n---\n"}}
+
+
+@pytest.fixture(scope="module")
+def repositories():
+    return stand_ins()
+
+
+@pytest.fixture
+def hub(repositories, monkeypatch):
+    """A fresh hub of the stand-ins, whose commits are those that download_models.py asks for."""
+    models, datasets = ({repo: dict(files) for repo, files in kind.items()} for kind in repositories)
+    pinned = {source.repo: source.revision for source in dm.SOURCES.values()}
+    monkeypatch.setattr(Hub, "commit", lambda self, repo: pinned.get(repo) or hashlib.sha1(repo.encode()).hexdigest())
+    with Hub(models, datasets) as hub:
+        yield hub
+
+
+@pytest.fixture
+def download(hub, tmp_path):
+    """download("--all", ...) runs the script as a user does, in its own process, in a folder with a cache of its own;
+    returns exit code, output and errors (without progress bars). first: code to run before it."""
+
+    def environment(**more):
+        known = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        return known | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "COLUMNS": "200", **more}
+
+    def call(*arguments, wait=True, first="", **more):
+        start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import download_models as dm; exec({first!r}); dm.main()"
+        command = [sys.executable, *(["-c", start] if first else [str(ROOT / "download_models.py")]), *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment(**more), **pipes)
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=100)
+        assert "Traceback" not in err, err
+        return process.returncode, out, "\n".join(line for line in err.splitlines() if line.startswith(("error", "stopped")))
+
+    return call
+
+
+def files_in(folder: Path) -> set[str]:
+    found = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    return {p.as_posix() for p in found if not any(part.startswith(".") for part in p.parts)}
+
+
+# -------------------------------------------------------------------------------------------------------------- fetching
+
+
+def test_the_judges(download, hub, tmp_path):
+    """The default: what the scorers need and nothing else, each file as on the hub, and the way to use it."""
+    code, out, err = download()
+    assert code == 0 and not err
+    for name in dm.JUDGES:
+        source = dm.SOURCES[name]
+        expected = {part for wanted in source.files for part in wanted.split("|")[:1]}
+        expected |= {f for f in source.optional if f in hub.repos["models"][source.repo]}
+        assert files_in(tmp_path / "models" / name) == expected
+        for file in expected:
+            assert (tmp_path / "models" / name / file).read_bytes() == hub.repos["models"][source.repo][file]
+        assert f"{source.repo}@{source.revision[:8]}" in out and f'{name.replace("-", "_")}: str = "' in out
+    assert {p.name for p in (tmp_path / "models").iterdir()} == {*dm.JUDGES, "SHA256SUMS", ".download.lock"}
+    # In order: what and how large, the room, and only then anything is fetched.
+    assert out.index("clip: 7 files, 1.9 MB") < out.index("to fetch: 5.7 MB; free on the disk") < out.index("checksums that")
+    first = next(i for i, (_, path, _) in enumerate(hub.requests) if "/resolve/" in path)
+    asked = [path for _, path, _ in hub.requests[:first] if "/revision/" in path]
+    assert len(asked) == len(dm.JUDGES)
+
+
+def test_a_second_run_fetches_nothing(download, hub, tmp_path):
+    assert download("--only", "vae")[0] == 0
+    hub.requests.clear()
+    code, out, _ = download("--only", "vae")
+    assert code == 0 and hub.fetched() == [] and "to fetch: 0.0 MB" in out
+
+
+def test_sums_are_sha256sums(download, tmp_path):
+    """coreutils reads SHA256SUMS, and sees damage."""
+    assert download("--only", "vae", "hpsv2")[0] == 0
+    sums = tmp_path / "models/SHA256SUMS"
+    assert len(sums.read_text().splitlines()) == 3
+    if not shutil.which("sha256sum"):
+        pytest.skip("no sha256sum here")
+    command = ["sha256sum", "--quiet", "-c", "SHA256SUMS"]
+    assert subprocess.run(command, cwd=sums.parent, check=False).returncode == 0
+    (tmp_path / "models/vae/config.json").write_text("{}")
+    assert subprocess.run(command, cwd=sums.parent, check=False, capture_output=True).returncode == 1
+
+
+def test_newest_revision(download, hub):
+    """--revision main goes before the commits of SOURCES; a revision that is not there is said."""
+    code, _, err = download("--only", "vae", "--revision", "v9")
+    assert code == 1 and err.count("error:") == 1 and "no such revision" in err and "--revision main" in err
+    assert download("--only", "vae", "--revision", "main")[0] == 0
+    assert any(path.endswith("/revision/main") for _, path, _ in hub.requests)
+
+
+def test_alternatives(download, hub, tmp_path):
+    """OpenAI's CLIP has no safetensors at its commit: the pickle is fetched where there is nothing better, only there."""
+    del hub.repos["models"][REPO["clip"]]["model.safetensors"]
+    assert download("--only", "clip", "pickscore")[0] == 0
+    assert (tmp_path / "models/clip/pytorch_model.bin").exists()
+    assert not (tmp_path / "models/pickscore/pytorch_model.bin").exists()
+
+
+@pytest.mark.parametrize("how", ["kill", "cut", "interrupt"])
+def test_goes_on_where_it_was(how, download, hub, tmp_path):
+    """Killed, stopped by Ctrl-C or cut off by the network in the middle of a large file: the next run (or, after a cut, this
+    one) asks for the rest of it only, and the file is right."""
+    name, file = "vae", "diffusion_pytorch_model.safetensors"
+    data = hub.repos["models"][REPO[name]][file] = os.urandom(24 << 20)
+    folder = tmp_path / "models" / name
+    if how == "cut":
+        hub.cut[file] = 12 << 20
+    else:
+        hub.pause = 0.005
+        process = download("--only", name, wait=False)
+        while not any(p.stat().st_size >= 10 << 20 for p in folder.glob(".parts/*")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL if how == "kill" else signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == (-signal.SIGKILL if how == "kill" else 130)
+        assert "Traceback" not in err and not (folder / file).exists()
+        hub.pause = 0
+        assert download("--check")[0] == 1
+    code, out, err = download("--only", name)
+    assert code == 0 and not err and (how == "cut" or "to fetch: 14." in out)
+    assert (folder / file).read_bytes() == data and not (folder / ".parts").exists()
+    asked = [r for method, path, r in hub.requests if method == "GET" and path.startswith("/large")]
+    assert len(asked) == 2 and asked[0] is None
+    assert int(asked[1].removeprefix("bytes=").split("-")[0]) >= 10 << 20
+
+
+def test_files_in_the_hubs_cache_are_taken(download, hub, tmp_path):
+    """Weights that a script has fetched into HF_HOME before are copied from there."""
+    code = f"import huggingface_hub as h; h.snapshot_download({REPO['vae']!r}, revision={dm.SOURCES['vae'].revision!r})"
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    hub.requests.clear()
+    assert download("--only", "vae")[0] == 0 and hub.fetched() == []
+    path = tmp_path / "models/vae/config.json"
+    assert path.read_bytes() == hub.repos["models"][REPO["vae"]]["config.json"] and not path.is_symlink()
+
+
+def test_token_stays_with_the_hub(download, hub):
+    """The storage that large files are redirected to gets no token."""
+    assert download("--only", "vae", HF_TOKEN="hf_secret")[0] == 0
+    tokens = {path.split("/")[1] == "large": token for path, token in hub.authorizations}
+    assert tokens == {False: "Bearer hf_secret", True: None}
+
+
+# ----------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_wrong_checksum(download, hub, tmp_path):
+    """A mirror that sends other bytes: fetched twice, refused, deleted; the rest is kept, a right mirror completes it."""
+    file = "diffusion_pytorch_model.safetensors"
+    data = hub.repos["models"][REPO["vae"]][file]
+    hub.swap[file] = data[:-1] + bytes([data[-1] ^ 1])
+    code, out, err = download("--only", "vae", "hpsv2")
+    assert code == 1 and err.count("error:") == 1
+    assert REPO["vae"] in err and file in err and "wrong checksum" in err
+    assert hub.fetched().count(file) == 2
+    assert not (tmp_path / "models/vae" / file).exists() and (tmp_path / "models/vae/config.json").exists()
+    assert "hpsv2: 1 file in" in out and "vae: str" not in out
+    hub.swap.clear()
+    hub.requests.clear()
+    code, out, err = download("--only", "vae", "hpsv2")
+    assert code == 0 and hub.fetched() == [file] and "vae: str" in out
+
+
+def test_transient_damage_is_repaired(download, hub, tmp_path):
+    """What arrives damaged once is fetched again in the same run, and so is a file that was damaged on the disk."""
+    assert download("--only", "vae")[0] == 0
+    path = tmp_path / "models/vae/diffusion_pytorch_model.safetensors"
+    data, times = path.read_bytes(), path.stat()
+    path.write_bytes(data[:-1] + b"!")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    code, out, err = download("--check")
+    assert code == 1 and "diffusion_pytorch_model.safetensors: with a wrong checksum" in out
+    assert "error: not as fetched: vae; fetch again with python download_models.py --only vae" in err
+    assert download("--only", "vae")[0] == 0 and path.read_bytes() == data
+    assert download("--check")[:2] == (0, "vae: 2 files, none damaged or missing\n")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (404, "RepoNotFound", ["no such repository", "HF_ENDPOINT"]),
+        (401, "RepoNotFound", ["no such repository", "HF_TOKEN"]),
+        (403, "GatedRepo", ["gated", "accept its terms", "HF_TOKEN"]),
+        (401, "", ["HF_TOKEN"]),
+        (500, "", ["500", "run this again"]),
+    ],
+)
+def test_refused(status, code, words, download, hub, tmp_path):
+    """One line for the repository that is refused, exit code 1, and the others are there."""
+    hub.refuse[REPO["vae"]] = (status, code)
+    exit_code, out, err = download("--only", "vae", "hpsv2", HF_HUB_ETAG_TIMEOUT="2")
+    assert exit_code == 1 and err.count("error:") == 1 and REPO["vae"] in err
+    assert all(word in err for word in words), err
+    if status < 500:
+        assert (tmp_path / "models/hpsv2/HPS_v2.1_compressed.pt").exists() and "vae" not in out
+
+
+def test_gated_files_need_a_token(download, hub, tmp_path):
+    """A gated repository tells what it has and refuses its files, until HF_TOKEN is one that it knows."""
+    hub.refuse_files[REPO["vae"]] = (403, "GatedRepo")
+    hub.tokens[REPO["vae"]] = "hf_known"
+    code, _, err = download("--only", "vae", "hpsv2")
+    assert code == 1 and "gated" in err and (tmp_path / "models/hpsv2/HPS_v2.1_compressed.pt").exists()
+    assert download("--only", "vae", HF_TOKEN="hf_known")[0] == 0
+
+
+def test_file_not_there(download, hub):
+    del hub.repos["models"][REPO["pickscore"]]["model.safetensors"]
+    code, _, err = download("--only", "pickscore")
+    assert code == 1 and "has no model.safetensors" in err and "--revision main" in err
+
+
+def test_no_network(download, hub, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{s.getsockname()[1]}"
+    code, _, err = download(HF_ENDPOINT=closed)
+    assert code == 1 and err.count("error:") == 1 and closed in err and "look at the connection" in err
+    code, _, err = download(HF_HUB_OFFLINE="1")
+    assert code == 1 and err == "error: HF_HUB_OFFLINE is set: unset it to fetch; --check needs no network"
+    assert hub.requests == []
+
+
+def test_check_needs_no_network(download, hub, tmp_path):
+    code, _, err = download("--check")
+    assert code == 1 and "holds nothing that was fetched whole" in err
+    assert download("--only", "vae", "hpsv2")[0] == 0
+    (tmp_path / "models/vae/config.json").unlink()
+    (tmp_path / "models/clip").mkdir()
+    hub.requests.clear()
+    code, out, err = download("--check", HF_HUB_OFFLINE="1")
+    assert code == 1 and hub.requests == []
+    assert "vae/config.json: missing" in out and "clip: not fetched whole" in out and "hpsv2: 1 file, none damaged" in out
+    assert "--only clip vae" in err
+    assert download("--check", "--only", "hpsv2")[0] == 0
+    (tmp_path / "models/SHA256SUMS").write_text("something else\n")
+    code, _, err = download("--check")
+    assert code == 1 and "is no checksum" in err
+
+
+def test_no_room(hub, monkeypatch, run, tmp_path):
+    """Refused before anything is fetched."""
+    monkeypatch.setattr(dm.huggingface_hub, "HfApi", lambda: fake_api(dm.SOURCES["vae"], 3_000_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 9 * 10**9, 10**9))
+    monkeypatch.setattr(dm, "fetch", None)
+    code, _, err = run("download_models", "--only", "vae")
+    assert code == 1 and "3.0 GB needed, 1.0 GB free; make room" in err and str(tmp_path / "models") in err
+    code, _, err = run("download_models", "--dataset", 10_000)
+    assert code == 1 and "3.4 GB needed, 1.0 GB free" in err
+
+
+def fake_api(source, size):
+    """An API that knows one repository, its files of a size in bytes together."""
+    from types import SimpleNamespace as Simple
+
+    files = [Simple(rfilename=f, size=size // len(source.files), lfs=None, blob_id="0" * 40) for f in source.files]
+    return Simple(repo_info=lambda *_, **__: Simple(sha="1" * 40, siblings=files))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_disk_full_midway(download, hub, tmp_path):
+    """The write of a file fails with ENOSPC: one line; what arrived before stays, and the next run goes on."""
+    source = dm.SOURCES["vae"]
+    data = hub.repos["models"][source.repo][source.files[1]]
+    part = dm.part_path(tmp_path / "models/vae", dm.File(source.files[1], len(data), hashlib.sha256(data).hexdigest()))
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    code, _, err = download("--only", "vae")
+    assert code == 1 and err.count("error:") == 1 and "the disk is full; make room and run this again" in err
+    assert (tmp_path / "models/vae/config.json").exists()
+    part.unlink()
+    hub.requests.clear()
+    assert download("--only", "vae")[0] == 0 and hub.fetched() == [source.files[1]]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_folder_that_cannot_be_written(number, monkeypatch, run):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    monkeypatch.setattr(dm.huggingface_hub, "HfApi", lambda: fake_api(dm.SOURCES["vae"], 1000))
+    monkeypatch.setattr(dm, "Part", refuse)
+    monkeypatch.setattr(dm.huggingface_hub, "get_hf_file_metadata", lambda url: fake_metadata(url))
+    code, _, err = run("download_models", "--only", "vae")
+    assert code == 1 and err.count("error:") == 1 and "--output-dir" in err.splitlines()[-1]
+
+
+def fake_metadata(url):
+    from types import SimpleNamespace as Simple
+
+    return Simple(location=url)
+
+
+def test_output_folder_is_a_file(run, tmp_path):
+    (tmp_path / "models").write_text("")
+    code, _, err = run("download_models")
+    assert code == 1 and err.count("\n") == 1 and "--output-dir" in err
+
+
+def test_two_runs_at_once(download, hub, tmp_path):
+    hub.pause = 0.02
+    first = download("--only", "vae", wait=False)
+    while not any("/resolve/" in path for _, path, _ in hub.requests):
+        time.sleep(0.02)
+    code, _, err = download("--only", "vae")
+    assert code == 1 and "another run is fetching into it" in err
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--only", "sdxl"), ("--all", "--only", "vae"), ("--dataset", 0), ("--output-dir", ""), ("--dataset", "x")]
+)
+def test_wrong_commands(arguments, run):
+    code, _, err = run("download_models", *arguments)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ Pick-a-Pic
+
+
+def picture(seed: int) -> bytes:
+    out = io.BytesIO()
+    rng = np.random.default_rng(seed)
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def pickapic(hub):
+    """Pick-a-Pic on the hub: 24 rows of train in three files, every fourth a tie, two with a broken picture, and more
+    columns than training needs. Returns the usable rows."""
+    table = pd.DataFrame(
+        {
+            "are_different": [i % 4 != 3 for i in range(24)],
+            "caption": [f"caption {i}" for i in range(24)],
+            "jpg_0": [picture(2 * i) for i in range(24)],
+            "jpg_1": [picture(2 * i + 1) for i in range(24)],
+            "label_0": [(1.0, 0.0, 1.0, 0.5)[i % 4] for i in range(24)],
+            "user_id": range(24),
+        }
+    )
+    table.at[5, "jpg_1"] = table.at[5, "jpg_1"][:100]
+    table.at[6, "jpg_0"] = b"no picture"
+    files = {f"data/train-{i:05d}-of-00003-abc.parquet": table[8 * i : 8 * i + 8] for i in range(3)}
+    files["data/test_unique-00000-of-00001-abc.parquet"] = table[:2].assign(caption=["a cat", "a dog"])
+    hub.repos["datasets"][dm.PICKAPIC.repo] = {name: rows.to_parquet(index=False) for name, rows in files.items()}
+    return table[(table.label_0 != 0.5) & ~table.index.isin([5, 6])]
+
+
+def saved_pairs(folder: Path) -> pd.DataFrame:
+    return pd.concat([pd.read_parquet(p) for p in sorted(folder.glob("train-*.parquet"))], ignore_index=True)
+
+
+def test_first_usable_pairs(download, pickapic, hub, tmp_path):
+    """The first N rows with a winner and two pictures, in the data set's own columns, in files that train_dipo.py reads."""
+    code, out, err = download("--dataset", 10, first="dm.PAIRS_PER_FILE = 4")
+    folder = tmp_path / "models/pickapic"
+    assert code == 0 and not err and "pickapic: 10 pairs in models/pickapic" in out
+    assert files_in(tmp_path / "models") == {
+        *("SHA256SUMS", "pickapic/state.json", "pickapic/test_unique.parquet"),
+        *(f"pickapic/train-0000{i}.parquet" for i in range(3)),
+    }
+    pd.testing.assert_frame_equal(saved_pairs(folder), pickapic[:10].reset_index(drop=True))
+    assert pd.read_parquet(folder / "test_unique.parquet").to_dict("list") == {"caption": ["a cat", "a dog"]}
+    rows = list(td.open_dataset(str(folder)))
+    assert [row["caption"] for row in rows] == pickapic.caption[:10].tolist() and set(rows[0]) == set(td.COLUMNS)
+    assert all(td.read_pair(row, 8) is not None for row in rows)
+    # 10 of the usable rows are in the first two files: the third is not touched.
+    assert not any("train-00002" in path and "/resolve/" in path for _, path, _ in hub.requests)
+    assert download("--check")[:2] == (0, "pickapic: 4 files, none damaged or missing\n")
+    hub.requests.clear()
+    code, out, _ = download("--dataset", 8)
+    assert code == 0 and "10 pairs in" in out and hub.requests == []
+
+
+def test_pairs_go_on_after_kill(download, pickapic, tmp_path):
+    """Killed when two files of pairs are written and the second is not on record yet: the pairs are those of one run."""
+    kill = """
+import os
+dm.PAIRS_PER_FILE, write, calls = 4, dm.write, []
+def killed(*arguments):
+    calls.append(arguments)
+    if len(calls) == 3:
+        os.kill(os.getpid(), 9)
+    write(*arguments)
+dm.write = killed
+"""
+    code, _, _ = download("--dataset", 12, first=kill)
+    folder = tmp_path / "models/pickapic"
+    assert code == -signal.SIGKILL and len(list(folder.glob("train-*.parquet"))) == 2
+    code, _, err = download("--dataset", 12, first="dm.PAIRS_PER_FILE = 4")
+    assert code == 0 and not err
+    pd.testing.assert_frame_equal(saved_pairs(folder), pickapic[:12].reset_index(drop=True))
+
+
+def test_more_pairs_than_there_are(download, pickapic, tmp_path):
+    """A larger N adds to the pairs; where the data set ends, that is said; a damaged file is made anew."""
+    first = "dm.PAIRS_PER_FILE = 4"
+    assert download("--dataset", 6, first=first)[0] == 0
+    code, out, _ = download("--dataset", 99, first=first)
+    folder = tmp_path / "models/pickapic"
+    assert code == 0 and "16 pairs, all that there are" in out and len(pickapic) == 16
+    pd.testing.assert_frame_equal(saved_pairs(folder), pickapic.reset_index(drop=True))
+    with (folder / "train-00001.parquet").open("ab") as f:
+        f.write(b"damage")
+    code, out, err = download("--check")
+    assert code == 1 and "train-00001.parquet: with a wrong checksum" in out and "--dataset N" in err
+    assert download("--dataset", 7, first=first)[0] == 0
+    pd.testing.assert_frame_equal(saved_pairs(folder), pickapic[:7].reset_index(drop=True))
+    assert download("--check")[0] == 0
+
+
+def test_missing_data_set(download, hub):
+    code, _, err = download("--dataset", 5)
+    assert code == 1 and err.count("error:") == 1 and dm.PICKAPIC.repo in err and "no such repository" in err
+
+
+# ------------------------------------------------------------------------------------------------------------------- use
+
+
+def test_settings_of_the_scripts():
+    """The flags that are printed are flags of the scripts, and every model of theirs can be fetched."""
+    studies = [ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")) for name in STUDIES[1:]]
+    for script, module in (("hasty_sample.py", hs), ("train_dipo.py", td), ("compare_quality.py", cq)):
+        defaults = {f.name: f.default for f in fields(module.Settings)}
+        repos = {source.repo: name.replace("-", "_") for name, source in dm.SOURCES.items()} | {dm.PICKAPIC.repo: "pickapic"}
+        takes = tuple(name for name in defaults if defaults[name] in repos and name != "dataset")
+        assert set(takes) == set(dm.SCRIPTS[script]) - {"dataset"}
+        assert all(repos[defaults[name]] == name for name in takes)
+    assert td.Settings.dataset == dm.PICKAPIC.repo
+    for tree in studies:
+        settings = next(x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "Settings")
+        names = {x.target.id for x in settings.body if isinstance(x, ast.AnnAssign)}
+        assert set(dm.SCRIPTS["compare_quality.py"]) - names == {"clip"}
+
+
+STUDIES = ("compare_quality", "Ablation_experiment", "Semantic_Categories", "Human_Preference_compare")
+
+
+@pytest.fixture(scope="module")
+def everything(repositories, tmp_path_factory):
+    """What download_models.py --all leaves, fetched once, and where it is; and what it printed."""
+    folder = tmp_path_factory.mktemp("everything")
+    models, datasets = repositories
+    with Hub(models, datasets) as hub:
+        pinned = {source.repo: source.revision for source in dm.SOURCES.values()}
+        hub.commit = pinned.get
+        known = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "download_models.py"), "--all", "--output-dir", str(folder)],
+            env=known | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    assert done.returncode == 0, done.stderr
+    # The demo's HPSv2 is smaller than ViT-H-14; its configuration and tokenizer lie beside it, as load_hpsv2 says.
+    judge = ROOT / "assets/demo/hpsv2"
+    shutil.copy(judge / "demo-hpsv2.json", folder / "hpsv2")
+    shutil.copytree(judge / "tokenizer", folder / "hpsv2/tokenizer")
+    return folder, done.stdout
+
+
+def test_all_layout(everything, repositories):
+    """No second copies: fp16 of the base model, one format of each weight."""
+    folder, out = everything
+    base = files_in(folder / "base-model")
+    assert {f for f in base if f.endswith(".safetensors")} == {
+        *("text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors"),
+        *("unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"),
+    }
+    assert not any(f.endswith((".bin", ".onnx", ".msgpack")) for f in files_in(folder))
+    assert files_in(folder / "parti") == {"PartiPrompts.tsv"}
+    assert set(dm.read_sums(folder)) == set(dm.SOURCES)
+
+
+def flags(out: str, script: str) -> list[str]:
+    return next(line.split()[2:] for line in out.splitlines() if line.strip().startswith(f"python {script} "))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to reach another machine, or to look one up, is recorded and fails."""
+    attempts = []
+
+    def refuse(*arguments, **_):
+        attempts.append(arguments)
+        raise OSError("no network in this test")
+
+    real = socket.socket.connect
+    local = (getattr(socket, "AF_UNIX", None),)
+    monkeypatch.setattr(socket.socket, "connect", lambda s, *a: real(s, *a) if s.family in local else refuse(*a))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return attempts
+
+
+def test_scripts_use_it_without_network(everything, no_network, run, tmp_path):
+    """The printed flags of each script, on what was fetched, with HF_HUB_OFFLINE=1 (conftest.py): not one connection is
+    tried, and the base model's files are the fp16 ones."""
+    _, out = everything
+    size = ("--limit", 1, "--output-dir", "out")
+    code, _, err = run("hasty_sample", *flags(out, "hasty_sample.py"), *size, "--num-inference-steps", 2, "--prompts", "parti")
+    assert code == 0, err
+    assert hs.read_record(tmp_path / "out/00000.png")["prompt"] == "a red circle"
+    study = ("--steps", 1, 2, "--baseline-steps", 3, "--prompts", "parti", "--limit", 1, "--batch-size", 2)
+    code, _, err = run("compare_quality", *flags(out, "compare_quality.py"), *study, "--output-dir", "study")
+    assert code == 0, err
+    scores = pd.read_csv(tmp_path / "study/scores.csv")
+    assert len(scores) == 6 and scores[["pickscore", "hpsv2", "clipscore"]].notna().all(axis=None)
+    code, _, err = run("Ablation_experiment", *flags(out, "Ablation_experiment.py"), "--prompts", "parti", "--limit", 1)
+    train = ("--dataset", ROOT / "assets/demo/pickapic/train.parquet", "--max-train-steps", 1, "--effective-batch-size", 2)
+    train += ("--output-dir", "trained", "--validate-every", 0)
+    code, _, err = run("train_dipo", *flags(out, "train_dipo.py"), *train)
+    assert code == 0, err
+    assert no_network == []
+
+
+def test_pasted_lines_work(everything, tmp_path, monkeypatch):
+    """What is printed to be pasted, put below the model paths of hasty_sample.py, changes its defaults."""
+    folder, out = everything
+    lines = [line for line in out.splitlines() if line.startswith("    ") and ": str = " in line]
+    assert len(lines) == len(dm.SOURCES)
+    script = (ROOT / "hasty_sample.py").read_text(encoding="utf-8")
+    place = script.index("    demo: bool = False")
+    (tmp_path / "pasted.py").write_text(script[:place] + "\n".join(lines) + "\n\n" + script[place:], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    import pasted
+
+    s = pasted.parse_settings(pasted.Settings, "") if monkeypatch.setattr(sys, "argv", ["pasted.py"]) is None else None
+    assert (s.base_model, s.vae) == (str(folder / "base-model"), str(folder / "vae"))
+    monkeypatch.setattr(sys, "argv", ["pasted.py", "--help"])
+    with pytest.raises(SystemExit):
+        pasted.parse_settings(pasted.Settings, "")
