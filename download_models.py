@@ -245,7 +245,9 @@ def part_path(folder: Path, file: File) -> Path:
     return folder / ".parts" / f"{file.path.replace('/', '--')}.{file.checksum[:16]}"
 
 
-def fetch(source: Source, commit: str, file: File, folder: Path, bar: tqdm, stop: threading.Event) -> None:
+def fetch(
+    source: Source, commit: str, file: File, folder: Path, bar: tqdm, stop: threading.Event, use_cache: bool = True
+) -> None:
     """Bring one file into folder, from the hub's cache or the hub, unless it is there in its full size; or DownloadError.
 
     It goes on where an earlier run stopped. (huggingface_hub's own snapshot_download did once; now it begins a file anew.)
@@ -256,8 +258,10 @@ def fetch(source: Source, commit: str, file: File, folder: Path, bar: tqdm, stop
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
+        if part.exists() and part.stat().st_size > (file.size or 0):
+            part.unlink()
         cached = huggingface_hub.try_to_load_from_cache(source.repo, file.path, revision=commit, repo_type=source.kind)
-        if isinstance(cached, str):
+        if use_cache and isinstance(cached, str):
             shutil.copyfile(cached, part)
             bar.update(part.stat().st_size)
         else:
@@ -282,7 +286,7 @@ def verify(source: Source, commit: str, files: list[File], folder: Path, bar: tq
         if not damage(folder, file):
             continue
         (folder / file.path).unlink(missing_ok=True)
-        fetch(source, commit, file, folder, bar, stop)
+        fetch(source, commit, file, folder, bar, stop, use_cache=False)
         if reason := damage(folder, file):
             (folder / file.path).unlink(missing_ok=True)
             raise RepositoryError(
@@ -466,8 +470,9 @@ def save_pairs(folder: Path, wanted: int, revision: str) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+def readable(size: float) -> str:
+    power, unit = (1e9, "GB") if size >= 1e8 else (1e6, "MB") if size >= 1e5 else (1e3, "kB")
+    return f"{size / power:.1f} {unit}"
 
 
 def count(files) -> str:
@@ -487,10 +492,10 @@ def total(files: list[File]) -> int:
 def check_room(root: Path, needed: int) -> None:
     existing = next(p for p in (root, *root.parents) if p.exists())
     free = shutil.disk_usage(existing).free
-    print(f"to fetch: {gigabytes(needed)}; free on the disk of {root.absolute()}: {gigabytes(free)}", flush=True)
+    print(f"to fetch: {readable(needed)}; free on the disk of {root.absolute()}: {readable(free)}", flush=True)
     if needed > free:
         raise DownloadError(
-            f"{root.absolute()}: {gigabytes(needed)} needed, {gigabytes(free)} free; make room, or give another folder with "
+            f"{root.absolute()}: {readable(needed)} needed, {readable(free)} free; make room, or give another folder with "
             "--output-dir"
         )
 
@@ -505,7 +510,7 @@ def fetch_all(root: Path, names: tuple[str, ...], pairs: int, revision: str) -> 
             failed.append(e)
             continue
         commit, files = plans[name]
-        size = gigabytes(total(files))
+        size = readable(total(files))
         print(f"{name}: {count(files)}, {size}, from {SOURCES[name].repo}@{commit[:8]}", flush=True)
     have = sum(bytes_there(root / name, f) for name, (_, files) in plans.items() for f in files)
     size = sum(total(files) for _, files in plans.values())

@@ -204,8 +204,13 @@ def test_files_in_the_hubs_cache_are_taken(download, hub, tmp_path):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     hub.requests.clear()
     assert download("--only", "vae")[0] == 0 and hub.fetched() == []
-    path = tmp_path / "models/vae/config.json"
-    assert path.read_bytes() == hub.repos["models"][REPO["vae"]]["config.json"] and not path.is_symlink()
+    files, folder = hub.repos["models"][REPO["vae"]], tmp_path / "models/vae"
+    assert all((folder / f).read_bytes() == files[f] and not (folder / f).is_symlink() for f in files_in(folder))
+    # A damaged copy in the cache does not come back.
+    for blob in (tmp_path / "cache").rglob("blobs/*"):
+        blob.write_bytes(b"x" + blob.read_bytes()[1:])
+    shutil.rmtree(tmp_path / "models")
+    assert download("--only", "vae")[0] == 0 and all((folder / f).read_bytes() == files[f] for f in files_in(folder))
 
 
 def test_token_stays_with_the_hub(download, hub):
@@ -536,9 +541,9 @@ def everything(repositories, tmp_path_factory):
     return folder, done.stdout
 
 
-def test_all_layout(everything, repositories):
+def test_all_layout(everything):
     """No second copies: fp16 of the base model, one format of each weight."""
-    folder, out = everything
+    folder, _ = everything
     base = files_in(folder / "base-model")
     assert {f for f in base if f.endswith(".safetensors")} == {
         *("text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors"),
@@ -574,7 +579,9 @@ def test_scripts_use_it_without_network(everything, no_network, run, tmp_path):
     tried, and the base model's files are the fp16 ones."""
     _, out = everything
     size = ("--limit", 1, "--output-dir", "out")
-    code, _, err = run("hasty_sample", *flags(out, "hasty_sample.py"), *size, "--num-inference-steps", 2, "--prompts", "parti")
+    code, _, err = run(
+        "hasty_sample", *flags(out, "hasty_sample.py"), *size, "--num-inference-steps", 2, "--prompts", "parti"
+    )
     assert code == 0, err
     assert hs.read_record(tmp_path / "out/00000.png")["prompt"] == "a red circle"
     study = ("--steps", 1, 2, "--baseline-steps", 3, "--prompts", "parti", "--limit", 1, "--batch-size", 2)
@@ -582,7 +589,11 @@ def test_scripts_use_it_without_network(everything, no_network, run, tmp_path):
     assert code == 0, err
     scores = pd.read_csv(tmp_path / "study/scores.csv")
     assert len(scores) == 6 and scores[["pickscore", "hpsv2", "clipscore"]].notna().all(axis=None)
-    code, _, err = run("Ablation_experiment", *flags(out, "Ablation_experiment.py"), "--prompts", "parti", "--limit", 1)
+    no_clip = flags(out, "compare_quality.py")
+    del no_clip[no_clip.index("--clip") : no_clip.index("--clip") + 2]
+    study = ("--etas", 0, 1, "--num-inference-steps", 2, "--prompts", "parti", "--limit", 1)
+    code, _, err = run("Ablation_experiment", *no_clip, *study, "--output-dir", "eta")
+    assert code == 0, err
     train = ("--dataset", ROOT / "assets/demo/pickapic/train.parquet", "--max-train-steps", 1, "--effective-batch-size", 2)
     train += ("--output-dir", "trained", "--validate-every", 0)
     code, _, err = run("train_dipo", *flags(out, "train_dipo.py"), *train)
@@ -601,7 +612,8 @@ def test_pasted_lines_work(everything, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import pasted
 
-    s = pasted.parse_settings(pasted.Settings, "") if monkeypatch.setattr(sys, "argv", ["pasted.py"]) is None else None
+    monkeypatch.setattr(sys, "argv", ["pasted.py"])
+    s = pasted.parse_settings(pasted.Settings, "")
     assert (s.base_model, s.vae) == (str(folder / "base-model"), str(folder / "vae"))
     monkeypatch.setattr(sys, "argv", ["pasted.py", "--help"])
     with pytest.raises(SystemExit):
