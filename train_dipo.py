@@ -58,7 +58,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, is_wandb_available
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -1004,19 +1004,40 @@ def probe(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
 
 
 def open_metrics(path: Path, step: int) -> None:
-    """Leave the rows up to the step that a resumed run goes on from, no file for a new run."""
-    if step and path.exists():
-        table = pd.read_csv(path)
-        write_text(path, table[table.step <= step].to_csv(index=False))
-    else:
+    """Leave the whole rows up to the step that a resumed run goes on from, no file for a new run."""
+    try:
+        text = path.read_text(encoding="utf-8") if step else ""
+        table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
+        write_text(path, table[table["step"] <= step].to_csv(index=False))
+    except (FileNotFoundError, KeyError, ValueError):
+        if step and path.exists():
+            print(f"warning: {path} cannot be read; it begins anew at step {step + 1}", file=sys.stderr)
         path.unlink(missing_ok=True)
 
 
 def add_metrics(path: Path, row: dict) -> None:
-    """Append one row in one write, with a header before the first."""
-    line = pd.DataFrame([row]).to_csv(index=False, header=not path.exists())
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(line)
+    """Add one row, with a header before the first; whoever reads the file meanwhile sees whole rows."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_text(path, old + pd.DataFrame([row]).to_csv(index=False, header=not old))
+
+
+# Copied from hasty_sample.claimed
+@contextlib.contextmanager
+def claimed(out: Path, state: PartialState):
+    """Hold the output folder's lock, on the main process; UserError on every process where another run holds it."""
+    lock, taken = FileLock(out / ".lock", timeout=0), [False]
+    if state.is_main_process:
+        try:
+            lock.acquire()
+        except Timeout:
+            taken = [True]
+    broadcast_object_list(taken)
+    if taken[0]:
+        raise UserError(f"--output-dir {out}: another run is writing there; wait for it, or give another")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def train(s: Settings) -> None:
@@ -1058,7 +1079,7 @@ def train(s: Settings) -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))],
     )
     try:
-        with FileLock(out / ".lock", timeout=0) if accelerator.is_main_process else contextlib.nullcontext():
+        with claimed(out, accelerator):
             run(s, rows, prompts, out, accelerator, accumulation)
             if accelerator.is_main_process:
                 (out / ".lock").unlink()
@@ -1066,8 +1087,6 @@ def train(s: Settings) -> None:
     except Stopped:
         accelerator.end_training()
         raise
-    except Timeout as e:
-        raise UserError(f"--output-dir {s.output_dir}: another run is writing there; wait for it, or give another") from e
     except torch.OutOfMemoryError as e:
         raise UserError(
             f"the GPU's memory does not hold {s.train_batch_size} pairs of this size; use a smaller --train-batch-size, "
