@@ -733,6 +733,17 @@ def checksum(path: Path) -> int:
     return value
 
 
+@contextlib.contextmanager
+def full_disk_told(out: Path):
+    """UserError where weights cannot be written for want of room: safetensors and torch.save tell that in their own ways."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        if shutil.disk_usage(out).free > 1e8 and not re.search("No space left|quota|inline_container", str(e)):
+            raise
+        raise UserError(f"{out}: the disk is full; checkpoints are whole, make room and go on with --resume") from e
+
+
 def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict, loader_state: dict, keep: int) -> None:
     """checkpoints/step-N: weights, optimizer and random state by accelerate, the position in the data of every process,
     progress.json, and a checksum of each file. It gets its name when whole; the oldest beyond keep are removed."""
@@ -743,13 +754,8 @@ def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict, loader_
             shutil.rmtree(left_over)
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    try:
+    with full_disk_told(out):
         accelerator.save_state(str(part))
-    except (OSError, RuntimeError, SafetensorError) as e:
-        # safetensors and torch.save tell a full disk in their own ways.
-        if shutil.disk_usage(out).free > 1e8 and not re.search("No space left|quota|inline_container", str(e)):
-            raise
-        raise UserError(f"{out}: the disk is full; earlier checkpoints are whole, make room and go on with --resume") from e
     write_text(part / f"loader-{accelerator.process_index}.json", json.dumps(loader_state))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -1319,7 +1325,8 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
         summary = {"steps": progress["step"], "effective_learning_rate": lr, "processes": world}
         summary |= {k: progress[k] for k in ("pairs", "ties", "unreadable", "skipped")}
         summary |= {f"{m.__name__}_version": str(m.__version__) for m in (torch, diffusers, transformers)}
-        save_result(s, out, unet, weights, summary)
+        with full_disk_told(out):
+            save_result(s, out, unet, weights, summary)
         print(
             f"{out}: {progress['step']} steps, {progress['ties']} ties and {progress['unreadable']} unreadable pairs left "
             f"out, {progress['skipped']} steps skipped; {out / 'metrics.csv'}, {out / 'loss.png'}; sample it with "

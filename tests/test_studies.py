@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -250,28 +249,6 @@ def test_more_etas_and_prompts_add_what_is_missing_only(copy, run):
     assert table["eta"].tolist() == [0, 0.25, 1] and set(table["n"]) == {9}
     # Rows of before are still there, those of eta = 0.5 too, which this run did not ask for.
     assert len(scores) == 3 * 9 + 6 and scores.loc[rows.index].equals(rows)
-
-
-def test_a_killed_run_goes_on_to_the_same_tables(run, tmp_path, finished):
-    """kill -9 among the images; what is there is not touched again, and the scores are the uninterrupted run's."""
-    script = "compare_quality"
-    flags = [*map(str, TINY[script]), "--demo", "--limit", "2", "--batch-size", "1"]
-    process = subprocess.Popen([sys.executable, str(ROOT / f"{script}.py"), *flags, "--output-dir", str(tmp_path / "out")])
-    deadline = time.monotonic() + 120
-    while len(list((tmp_path / "out").glob("*/*.png"))) < 8:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be stopped"
-        time.sleep(0.01)
-    process.kill()
-    process.wait(timeout=60)
-    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/0*.png")}
-    assert 8 <= len(made) < 6 * len(FOLDERS[script]) and not (tmp_path / "out/scores.csv").exists()
-    code, out, err = run(script, *flags, "--output-dir", "out")
-    assert code == 0 and out.startswith(f"{len(made)} of"), err
-    assert {p: p.stat().st_mtime_ns for p in made} == made
-    whole, continued = (pd.read_csv(f / "scores.csv") for f in (finished[0] / script, tmp_path / "out"))
-    assert continued["file"].tolist() == whole["file"].tolist()
-    assert np.abs(continued["pickscore"] - whole["pickscore"]).max() < 0.05
-    assert np.abs(continued["hpsv2"] - whole["hpsv2"]).max() < 0.005
 
 
 def test_a_run_stopped_while_scoring_goes_on(copy, run, monkeypatch):

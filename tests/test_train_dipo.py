@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import datasets
 import numpy as np
@@ -456,26 +455,6 @@ def test_two_processes_make_the_same_curve_as_one(train, tmp_path, tiny, readabl
     assert one.ties.tolist() == two.ties.tolist() and (one.loss - math.log(2)).abs().iloc[1:].min() > 1e-3
 
 
-def test_killed_at_any_moment_and_resumed_the_weights_are_the_same_to_the_last_bit(train, tmp_path, tiny, pairs_file):
-    assert train("--output-dir", "whole", "--max-train-steps", "12")[0] == 0
-    flags = ("--output-dir", tmp_path / "killed", "--max-train-steps", 12, "--resume")
-    for rows in (3, 7):
-        with open(tmp_path / f"log{rows}", "w") as log:
-            process = subprocess.Popen([sys.executable, *command(tiny, pairs_file, *flags)], stdout=log, stderr=log)
-        metrics = tmp_path / "killed/metrics.csv"
-        while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > rows):
-            time.sleep(0.01)
-        time.sleep(0.13 * (rows == 7))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, (tmp_path / f"log{rows}").read_text()
-    code, out, err = train(*flags)
-    assert code == 0 and "going on from" in out, err
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    whole, killed = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("whole", "killed"))
-    columns = ["step", "loss", "implicit_accuracy", "model_mse", "learning_rate", "grad_norm", "ties", "unreadable"]
-    pd.testing.assert_frame_equal(whole[columns], killed[columns])
-
-
 def test_sigterm_within_an_accumulation_leaves_a_checkpoint_and_nothing_is_lost(train, tmp_path, monkeypatch):
     flags = ("--max-train-steps", 5, "--checkpoint-every", 100)
     assert train("--output-dir", "whole", *flags)[0] == 0
@@ -521,7 +500,7 @@ def test_a_stop_within_the_first_step_and_the_ways_of_a_full_disk(train, tmp_pat
 
         monkeypatch.setattr(td.Accelerator, "save_state", full)
         code, _, err = train("--output-dir", "out", "--max-train-steps", 2, "--resume")
-        assert code == 2 and "the disk is full; earlier checkpoints are whole" in err and "Traceback" not in err
+        assert code == 2 and "the disk is full; checkpoints are whole" in err and "Traceback" not in err
     monkeypatch.setattr(td.Accelerator, "save_state", save)
     assert train("--output-dir", "out", "--max-train-steps", 2, "--resume")[0] == 0
     assert sorted(p.name for p in (tmp_path / "out/checkpoints").iterdir()) == ["step-0000000", "step-0000002"]
