@@ -136,7 +136,7 @@ def test_a_second_run_fetches_nothing(download, hub, tmp_path):
     assert download("--only", "vae")[0] == 0
     hub.requests.clear()
     code, out, _ = download("--only", "vae")
-    assert code == 0 and hub.fetched() == [] and "to fetch: 0.0 MB" in out
+    assert code == 0 and hub.fetched() == [] and "to fetch: 0.0 kB" in out
 
 
 def test_sums_are_sha256sums(download, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import compare_quality as cq
@@ -107,7 +108,7 @@ def test_hasty_sample(run, prompts, tmp_path):
 
 @pytest.mark.parametrize("script", STUDIES)
 def test_studies(run, prompts, tmp_path, monkeypatch, script):
-    flags = (script, "--demo", *STUDIES[script], "--prompts", prompts, "--output-dir", "out")
+    flags = (script, "--demo", *STUDIES[script], "--prompts", prompts, "--height", 32, "--width", 32, "--output-dir", "out")
     code, out, err = run(*flags)
     assert code == 0 and "Traceback" not in err, err
     assert "\x1b[31m" not in out and "\x00" not in out
@@ -120,6 +121,29 @@ def test_studies(run, prompts, tmp_path, monkeypatch, script):
         assert set(table["category"]) == categories | {"all"} and set(table["n"]) == {"1", "2", str(len(HOSTILE))}
     monkeypatch.setattr(importlib.import_module(script), "load_scorers", lambda *_: 1 / 0)
     assert run(*flags)[0] == 0
+
+
+def test_train_dipo(run, tmp_path):
+    """Captions and validation prompts of any kind: a run and its resumption, a cache, tables, grids and a model card."""
+    rows = pd.read_parquet(ROOT / "assets/demo/pickapic/train.parquet").query("label_0 != 0.5")[: len(HOSTILE)]
+    (tmp_path / "in").mkdir()
+    rows.assign(caption=HOSTILE).to_parquet(tmp_path / "in/train.parquet")
+    # The last eight of the list that can stand in a line of a text file; validation takes eight.
+    lines = [p for p in HOSTILE if len(p.splitlines()) == 1 and p.strip()][-8:]
+    (tmp_path / "in/prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    flags = ("train_dipo", "--demo", "--dataset", "in/train.parquet", "--validation-prompts", "in/prompts.txt")
+    flags += ("--effective-batch-size", 54, "--train-batch-size", 54, "--checkpoint-every", 1, "--keep-checkpoints", 1)
+    flags += ("--validate-every", 2, "--output-dir", "out", "--cache-dir", "out/cache", "--lora-rank", 2)
+    code, _, err = run(*flags, "--max-train-steps", 1)
+    assert code == 0 and "Traceback" not in err, err
+    code, _, err = run(*flags, "--max-train-steps", 2, "--resume")
+    assert code == 0 and "Traceback" not in err, err
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "out"}
+    assert len(pd.read_csv("out/metrics.csv")) == 2
+    with Image.open("out/validation/step-0000002.png") as image:
+        image.load()
+    cached = pd.concat([pd.read_parquet(p) for p in sorted(Path("out/cache").glob("*.parquet"))])
+    assert len(cached) == len(HOSTILE) == 54
 
 
 def test_every_prompt_of_a_text_file_is_its_own(tmp_path):

@@ -15,7 +15,7 @@ RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derand
 spacings = st.sampled_from(hs.SPACINGS)
 
 
-@settings(max_examples=25, **RELAXED)
+@settings(max_examples=15, **RELAXED)
 @given(
     steps=st.integers(1, 30),
     eta=st.floats(0, 1),
