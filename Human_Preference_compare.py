@@ -1367,8 +1367,8 @@ def run_study(s: Settings, variants: list[Variant], report) -> None:
 
 # Copied from hasty_sample.claimed
 @contextlib.contextmanager
-def claimed(out: Path, state: PartialState):
-    """Hold the output folder's lock, on the main process; UserError on every process where another run holds it."""
+def claimed(out: Path, state: PartialState, flag: str = "output-dir"):
+    """Hold a folder's lock, on the main process; UserError on every process where another run holds it."""
     lock, taken = FileLock(out / ".lock", timeout=0), [False]
     if state.is_main_process:
         try:
@@ -1377,7 +1377,7 @@ def claimed(out: Path, state: PartialState):
             taken = [True]
     broadcast_object_list(taken)
     if taken[0]:
-        raise UserError(f"--output-dir {out}: another run is writing there; wait for it, or give another")
+        raise UserError(f"--{flag} {out}: another run is writing there; wait for it, or give another")
     try:
         yield
     finally:

@@ -650,11 +650,7 @@ def fill_cache(s: Settings, rows, pipe: StableDiffusionXLPipeline, accelerator: 
     wanted |= {"resolution": resolution, "dtype": str(pipe.vae.dtype)}
     note = folder / "cache.json"
     if accelerator.is_main_process and not read_cache_note(s):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(note, json.dumps(wanted | {"processes": world}))
-        except OSError as e:
-            raise UserError(f"--cache-dir {s.cache_dir}: cannot be written to ({e.strerror}); give another") from e
+        write_text(note, json.dumps(wanted | {"processes": world}))
     accelerator.wait_for_everyone()
     found = read_cache_note(s)
     for key, value in wanted.items():
@@ -1029,8 +1025,8 @@ def add_metrics(path: Path, row: dict) -> None:
 
 # Copied from hasty_sample.claimed
 @contextlib.contextmanager
-def claimed(out: Path, state: PartialState):
-    """Hold the output folder's lock, on the main process; UserError on every process where another run holds it."""
+def claimed(out: Path, state: PartialState, flag: str = "output-dir"):
+    """Hold a folder's lock, on the main process; UserError on every process where another run holds it."""
     lock, taken = FileLock(out / ".lock", timeout=0), [False]
     if state.is_main_process:
         try:
@@ -1039,7 +1035,7 @@ def claimed(out: Path, state: PartialState):
             taken = [True]
     broadcast_object_list(taken)
     if taken[0]:
-        raise UserError(f"--output-dir {out}: another run is writing there; wait for it, or give another")
+        raise UserError(f"--{flag} {out}: another run is writing there; wait for it, or give another")
     try:
         yield
     finally:
@@ -1165,7 +1161,18 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
     timesteps, dropout = noise_scheduler.config.num_train_timesteps, s.caption_dropout
     draws = functools.partial(random_draws, latent_shape=latent_shape, train_timesteps=timesteps, caption_dropout=dropout)
     if s.cache_dir:
-        cache = fill_cache(s, rows, pipe, accelerator, resolution)
+        folder = Path(s.cache_dir).expanduser()
+        with contextlib.ExitStack() as stack:
+            # A finished cache is read only, by any number of runs.
+            if not broadcast_object_list([read_cache_note(s).get("complete")])[0]:
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(claimed(folder, accelerator, "cache-dir"))
+                except OSError as e:
+                    raise UserError(f"--cache-dir {folder}: cannot be written to ({e.strerror}); give another") from e
+            cache = fill_cache(s, rows, pipe, accelerator, resolution)
+        if main:
+            (folder / ".lock").unlink(missing_ok=True)
         progress |= {k: cache["counts"][k] for k in ("ties", "unreadable")}
         rows = open_cache(s)
         read = functools.partial(read_cached, shapes=cache["shapes"], dtype=pipe.vae.dtype)
@@ -1200,7 +1207,13 @@ def run(s: Settings, rows, prompts: list[str], out: Path, accelerator: Accelerat
     parameters = [p for p in model.parameters() if p.requires_grad]
     same_prompts = progress["settings"]["validation_prompts"] == s.validation_prompts
     if checkpoint:
-        accelerator.load_state(checkpoint)
+        try:
+            accelerator.load_state(checkpoint)
+        except Exception as e:
+            # Among others what torch.load says of a pickle that holds more than weights.
+            raise UserError(
+                f"--resume: {checkpoint} cannot be loaded ({first_line(e)[:200]}); delete it, or start anew"
+            ) from e
         accelerator.step = 0  # a run that ended within an accumulation starts that one anew
         loader.load_state_dict(json.loads((Path(checkpoint) / f"loader-{rank}.json").read_text()))
         say(f"going on from {checkpoint}")

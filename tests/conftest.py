@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes test side by side; with threads of their own they would hold each other up.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "gpu" not in " ".join(sys.argv[1:]):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

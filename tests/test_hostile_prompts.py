@@ -128,9 +128,7 @@ def test_train_dipo(run, tmp_path):
     rows = pd.read_parquet(ROOT / "assets/demo/pickapic/train.parquet").query("label_0 != 0.5")[: len(HOSTILE)]
     (tmp_path / "in").mkdir()
     rows.assign(caption=HOSTILE).to_parquet(tmp_path / "in/train.parquet")
-    # The last eight of the list that can stand in a line of a text file; validation takes eight.
-    lines = [p for p in HOSTILE if len(p.splitlines()) == 1 and p.strip()][-8:]
-    (tmp_path / "in/prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "in/prompts.txt").write_text("\n".join(["=1+1", "../../escape \x1b[31m", "long " * 2_000]), encoding="utf-8")
     flags = ("train_dipo", "--demo", "--dataset", "in/train.parquet", "--validation-prompts", "in/prompts.txt")
     flags += ("--effective-batch-size", 54, "--train-batch-size", 54, "--checkpoint-every", 1, "--keep-checkpoints", 1)
     flags += ("--validate-every", 2, "--output-dir", "out", "--cache-dir", "out/cache", "--lora-rank", 2)

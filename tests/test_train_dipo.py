@@ -22,6 +22,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import DEMO, ROOT
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from filelock import FileLock
 from PIL import Image
 
 import train_dipo as td
@@ -530,6 +531,39 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, damage):
     assert code == 0 and "step-0000004 is damaged" in err and "going on from out/checkpoints/step-0000002" in out
     assert same(weights(tmp_path / "out"), expected)
     assert td.find_checkpoint(tmp_path / "out") == last
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "model.safetensors", "custom_checkpoint_0.pkl"])
+def test_a_malicious_checkpoint_is_refused(train, tmp_path, name):
+    """A checkpoint of other people's, with checksums that fit: its pickles are read as weights, and no code runs."""
+
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'harm'}",))
+
+    assert train("--output-dir", "out", "--max-train-steps", 2)[0] == 0
+    folder = tmp_path / "out/checkpoints/step-0000002"
+    assert name.startswith("custom") or (folder / name).exists()
+    torch.save({"state": Evil(), "step": Evil()}, folder / name)
+    sums = json.loads((folder / "checksums.json").read_text())
+    (folder / "checksums.json").write_text(json.dumps(sums | {name: td.checksum(folder / name)}))
+    code, _, err = train("--output-dir", "out", "--max-train-steps", 3, "--resume")
+    assert not (tmp_path / "harm").exists()
+    assert "Traceback" not in err and (code == 0 or (code == 2 and "checkpoints/step-0000002 cannot be loaded" in err))
+    assert code == 2 or name.startswith(("random", "custom"))
+
+
+def test_a_cache_in_the_making_is_one_runs(train, tmp_path):
+    (tmp_path / "cache").mkdir()
+    with FileLock(tmp_path / "cache/.lock"):
+        code, _, err = train("--output-dir", "out", "--max-train-steps", 1, "--cache-dir", "cache")
+        assert code == 2 and "--cache-dir cache: another run is writing there" in err
+    assert train("--output-dir", "out", "--max-train-steps", 1, "--cache-dir", "cache")[0] == 0
+    with FileLock(tmp_path / "cache/.lock"):
+        assert train("--output-dir", "other", "--max-train-steps", 1, "--cache-dir", "cache")[0] == 0
+    (tmp_path / "file").touch()
+    code, _, err = train("--output-dir", "third", "--max-train-steps", 1, "--cache-dir", "file/cache")
+    assert code == 2 and "--cache-dir file/cache: cannot be written to" in err
 
 
 def test_a_cache_gives_what_streaming_gives(train, tmp_path, readable_file):
