@@ -120,6 +120,8 @@ class Settings:
     """v2.1 or v2.0"""
     batch_size: int = 4
     """images sampled together; halved when the GPU's memory runs out"""
+    compile: str = "auto"
+    """torch.compile of the UNet for full batches: on, off, or auto: where a process has 10,000 calls of it ahead"""
     scoring_batch_size: int = 16
     """images scored together"""
     dtype: str = "auto"
@@ -156,6 +158,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SPACINGS = ("leading", "trailing", "linspace")
 # Copied from hasty_sample.MAX_GRID_PIXELS
 MAX_GRID_PIXELS = 25_000_000
+# Copied from hasty_sample.COMPILE_FROM
+COMPILE_FROM = 10_000
 
 
 # Copied from compare_quality.Variant
@@ -277,6 +281,8 @@ def check_common(s: Settings) -> None:
     for flag, value in (("limit", s.limit), ("images-per-prompt", s.images_per_prompt), ("batch-size", s.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: use 1 or more")
+    if s.compile not in ("auto", "on", "off"):
+        raise UserError(f"--compile {s.compile!r}: use auto, on or off")
     if not s.output_dir.strip():
         raise UserError("--output-dir is empty: give a folder")
     if not 0 <= s.seed < 2**62:
@@ -657,6 +663,36 @@ def sample_latents(s: Settings, pipe, v: Variant, records: list[dict], on_step=l
     return ddim_sample(pipe.unet, alphas, timesteps, *embeds, *sizes, v.eta, factor, on_step)
 
 
+# Copied from hasty_sample.compile_unet
+def compile_unet(pipe: StableDiffusionXLPipeline, warm_up, wanted: str) -> bool:
+    """torch.compile of the UNet, on a GPU of the VAE's decoder too, tried by warm_up(), a call on a full batch. What is
+    compiled stays in torch's own cache on the disk for later runs.
+
+    Returns False, with a warning, where it fails (no compiler on the machine, say); UserError then if wanted is "on".
+    """
+    parts = [pipe.unet] + [pipe.vae.decoder] * (pipe.unet.device.type == "cuda")
+    for part in parts:
+        part.compile(mode="max-autotune" if pipe.unet.device.type == "cuda" else None, fullgraph=True, dynamic=False)
+    try:
+        warm_up()
+        return True
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:
+        for part in parts:
+            part._compiled_call_impl = None
+        if wanted == "on":
+            raise UserError(f"--compile on: torch.compile fails here ({first_line(e)[:200]}); use --compile off") from e
+        print(f"warning: torch.compile fails here ({first_line(e)[:200]}); going on without", file=sys.stderr)
+        return False
+
+
+# Copied from hasty_sample.eager
+def eager():
+    """torch.compile's models as they were, for what is done inside: batches of other sizes, which would be compiled anew."""
+    return torch.compiler.set_stance("force_eager")
+
+
 # Copied from hasty_sample.encode_prompts
 @torch.no_grad()
 def encode_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str], negative: str, guided: bool):
@@ -826,7 +862,7 @@ def make_images(s: Settings, variants: list[Variant], todo: dict[str, dict], out
         v: [f for f in todo if f.split("/")[0] == v.name][state.process_index :: state.num_processes] for v in variants
     }
     total = sum(v.steps * len(files) for v, files in shares.items())
-    pipe, loaded, warm = None, None, set()
+    pipe, loaded, warm, fast = None, None, set(), {}
     with tqdm(total=total, unit="step", unit_scale=True, disable=not state.is_local_main_process) as bar:
         for v, files in sorted(shares.items(), key=lambda x: x[0].base_unet):
             if not files:
@@ -838,22 +874,27 @@ def make_images(s: Settings, variants: list[Variant], todo: dict[str, dict], out
                 if state.is_main_process and loaded is None:
                     warn_of_long_prompts(pipe, [r["prompt"] for r in todo.values()])
                 loaded = v.base_unet
+                calls = sum(w.steps * (len(f) // s.batch_size) for w, f in shares.items() if w.base_unet == loaded)
+                on = s.compile == "on" or (s.compile == "auto" and calls >= COMPILE_FROM)
+                fast = {"on": on, "size": s.batch_size, "compiled": 0}
             bar.set_description(v.label)
-            sample_variant(s, pipe, v, files, todo, out, bar, warm)
+            sample_variant(s, pipe, v, files, todo, out, bar, warm, fast)
 
 
 # Copied from compare_quality.sample_variant
 def sample_variant(
-    s: Settings, pipe, v: Variant, files: list[str], todo: dict[str, dict], out: Path, bar, warm: set
+    s: Settings, pipe, v: Variant, files: list[str], todo: dict[str, dict], out: Path, bar, warm: set, fast: dict
 ) -> None:
     """Make the files of one variant, batch by batch, halving the batch when the memory runs out. warm: the samplers, UNets
-    and batch sizes that have run before, so that no time includes what happens once."""
+    and batch sizes that have run before, so that no time includes what happens once. fast: whether batches of a size are
+    to be compiled, and for which size that is done."""
     left, device, batch_size = list(files), pipe.unet.device, min(s.batch_size, len(files))
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
 
     def halve() -> int:
         nonlocal batch_size
         batch_size //= 2
+        fast["size"] = batch_size
         if batch_size:
             tqdm.write(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
         return batch_size
@@ -862,25 +903,32 @@ def sample_variant(
         while left:
             names = left[:batch_size]
             records = [todo[f] for f in names]
-            kind = (v.sampler, v.base_unet, len(names))
-            if kind not in warm:
+            kind, full = (v.sampler, v.base_unet, len(names)), len(names) == fast["size"]
+
+            def short(records=records):
                 decode(pipe.vae, sample_latents(s, pipe, replace(v, steps=2), records))
-                warm.add(kind)
-            before = bar.n
-            start = clock(device)
-            try:
-                latents = sample_latents(s, pipe, v, records, functools.partial(bar.update, len(names)))
-            except torch.OutOfMemoryError:
-                bar.n = before
-                raise
-            sampled = clock(device)
-            images = decode(pipe.vae, latents)
-            decoded = clock(device)
+
+            if fast["on"] and full and fast["compiled"] != fast["size"]:
+                fast.update(on=compile_unet(pipe, short, s.compile), compiled=fast["size"])
+            with contextlib.nullcontext() if fast["on"] and full else eager():
+                if kind not in warm:
+                    short()
+                    warm.add(kind)
+                before = bar.n
+                start = clock(device)
+                try:
+                    latents = sample_latents(s, pipe, v, records, functools.partial(bar.update, len(names)))
+                except torch.OutOfMemoryError:
+                    bar.n = before
+                    raise
+                sampled = clock(device)
+                images = decode(pipe.vae, latents)
+                decoded = clock(device)
             measured = {
                 "seconds_sampling": round((sampled - start) / len(names), 5),
                 "seconds_decoding": round((decoded - sampled) / len(names), 5),
                 "batch_size": len(names),
-                "device": device_name(device),
+                "device": device_name(device) + ", compiled" * (fast["on"] and full),
             }
             for file, image, record in zip(names, images.cpu(), records, strict=True):
                 if not torch.isfinite(image).all():

@@ -28,6 +28,7 @@ import shlex
 import shutil
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ import huggingface_hub
 import tyro
 from filelock import FileLock, Timeout
 from huggingface_hub import errors
-from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 from tqdm import tqdm
@@ -112,6 +113,9 @@ JUDGES = ("pickscore", "pickscore-processor", "hpsv2", "clip")
 PICKAPIC = Source("yuvalkirstain/pickapic_v2", "main", (), kind="dataset")
 PAIRS_PER_FILE = 500
 FILES_AT_A_TIME = 4
+FETCHER = "fetcher"
+# Seconds before a call that failed for a passing reason is tried again.
+WAITS = (1, 2, 4, 8)
 # 322 GB of training rows (the data set's card) over about 0.96 million of them.
 BYTES_PER_PAIR = 340_000
 # The settings that take what is fetched here; pickapic's pairs are train_dipo.py's --dataset.
@@ -130,7 +134,7 @@ class Settings:
     """where everything goes, a folder for each model"""
     all: bool = False
     """everything but Pick-a-Pic"""
-    only: tuple[Literal[tuple(SOURCES)], ...] = ()
+    only: tuple[Literal[(*SOURCES, "pickapic")], ...] = ()
     """fetch (or, with --check, check) these only"""
     dataset: int | None = None
     """save the first N usable pairs of Pick-a-Pic v2 (a winner, pictures that can be read) as parquet, in its own columns"""
@@ -163,10 +167,41 @@ class File(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------------ hub
 
 
+class Again(Exception):
+    """The storage refused an address that the hub gave, as it does once the address is some time old."""
+
+
+def status_of(e: BaseException) -> int | None:
+    return getattr(getattr(e, "response", None), "status_code", None)
+
+
+def is_passing(e: Exception, transport: bool) -> bool:
+    """Whether the same call may well succeed in a while: a busy server or, where transport says so, a broken connection."""
+    if status := status_of(e):
+        return status in (408, 425, 429) or status >= 500
+    broken = isinstance(e, (ConnectionError, TimeoutError)) or "Consistency check" in str(e)
+    broken |= type(e).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
+    return isinstance(e, Again) or (transport and broken and not isinstance(e, errors.OfflineModeIsEnabled))
+
+
+def persist(call, source: Source, stop: threading.Event, transport: bool):
+    """call(), tried again after WAITS seconds where its failure may pass. Raises DownloadError."""
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except DownloadError:
+            raise
+        except Exception as e:
+            if wait is None or not is_passing(e, transport):
+                raise explain(e, source) from e
+        if stop.wait(wait):
+            raise DownloadError("stopped")
+
+
 def explain(e: Exception, source: Source) -> DownloadError:
     """What went wrong with a repository, as one line that says what to do."""
-    where = f"{source.repo} at {ENDPOINT}"
-    number = getattr(e, "errno", None)
+    where, said = f"{source.repo} at {clean(ENDPOINT)}", brief(e)
+    number, status = getattr(e, "errno", None), status_of(e)
     if isinstance(e, errors.GatedRepoError):
         return RepositoryError(f"{where}: gated; accept its terms on its page, set HF_TOKEN and run this again")
     if isinstance(e, errors.RepositoryNotFoundError):
@@ -175,32 +210,41 @@ def explain(e: Exception, source: Source) -> DownloadError:
         )
     if isinstance(e, errors.RevisionNotFoundError):
         return RepositoryError(f"{where}: no such revision; take the newest with --revision main")
-    if isinstance(e, errors.OfflineModeIsEnabled):
-        return DownloadError("HF_HUB_OFFLINE is set: unset it to fetch; --check needs no network")
     if number in (errno.ENOSPC, errno.EDQUOT):
         return DownloadError(f"{source.repo}: the disk is full; make room and run this again: what has arrived is kept")
-    if isinstance(e, (PermissionError, NotADirectoryError, FileExistsError)) or number == errno.EROFS:
-        return DownloadError(f"cannot write ({brief(e)}); give another folder with --output-dir")
-    status = getattr(getattr(e, "response", None), "status_code", None)
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return DownloadError(f"cannot write ({said}); put that right, or give another folder with --output-dir")
     if status in (401, 403):
-        return RepositoryError(f"{where}: not allowed ({brief(e)}); look at HF_TOKEN, and run this again")
+        return RepositoryError(f"{where}: not allowed ({said}); look at HF_TOKEN, and run this again")
     if isinstance(e, errors.EntryNotFoundError) and not isinstance(e, errors.LocalEntryNotFoundError):
-        return RepositoryError(f"{where}: a file is not there ({brief(e)}); try --revision main")
+        return RepositoryError(f"{where}: a file is not there ({said}); try --revision main")
+    if status or "Consistency check" in said:
+        return RepositoryError(f"{where}: cannot be fetched ({said}); run this again later: what has arrived is kept")
     return DownloadError(
-        f"{where}: cannot be fetched ({brief(e)}); look at the connection and run this again: what has arrived is kept"
+        f"{where}: cannot be fetched ({said}); look at the connection and run this again: what has arrived is kept"
     )
 
 
 def brief(e: BaseException) -> str:
-    text = " ".join(str(e).split()) or type(e).__name__
-    return text[:200]
+    return clean(" ".join(str(e).split()) or type(e).__name__)[:200]
+
+
+def clean(text: str) -> str:
+    """Text without the passwords and signatures that addresses can hold."""
+    return re.sub(r"(https?://)[^/\s@]*@", r"\1", re.sub(r"(https?://[^\s?]+)\?[^\s,)]*", r"\1", text))
 
 
 def repo_info(source: Source, revision: str, **more):
-    try:
-        return huggingface_hub.HfApi().repo_info(source.repo, repo_type=source.kind, revision=revision, **more)
-    except Exception as e:
-        raise explain(e, source) from e
+    """The hub's information on a repository, its sha the commit that revision is now. Raises DownloadError."""
+    call = functools.partial(
+        huggingface_hub.HfApi().repo_info, source.repo, repo_type=source.kind, revision=revision, timeout=30, **more
+    )
+    info = persist(call, source, threading.Event(), transport=False)
+    if not info.sha:
+        raise RepositoryError(
+            f"{source.repo} at {clean(ENDPOINT)}: does not say which commit it has; use another HF_ENDPOINT"
+        )
+    return info
 
 
 def find_files(source: Source, revision: str) -> tuple[str, list[File]]:
@@ -217,7 +261,9 @@ def find_files(source: Source, revision: str) -> tuple[str, list[File]]:
     for name in sorted(chosen):
         checksum = there[name].lfs.sha256 if there[name].lfs else there[name].blob_id
         if not checksum:
-            raise RepositoryError(f"{source.repo}: no checksum of {name} from {ENDPOINT}; use another mirror (HF_ENDPOINT)")
+            raise RepositoryError(
+                f"{source.repo}: no checksum of {name} from {clean(ENDPOINT)}; use another mirror (HF_ENDPOINT)"
+            )
         files.append(File(name, there[name].size, checksum))
     return info.sha, files
 
@@ -255,7 +301,9 @@ def fetch(
     target, part = folder / file.path, part_path(folder, file)
     if target.is_file() and target.stat().st_size == file.size:
         return
-    try:
+    url = huggingface_hub.hf_hub_url(source.repo, file.path, repo_type=source.kind, revision=commit)
+
+    def get() -> None:
         part.parent.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         if part.exists() and part.stat().st_size > (file.size or 0):
@@ -265,19 +313,21 @@ def fetch(
             shutil.copyfile(cached, part)
             bar.update(part.stat().st_size)
         else:
-            url = huggingface_hub.hf_hub_url(source.repo, file.path, repo_type=source.kind, revision=commit)
             found = huggingface_hub.get_hf_file_metadata(url)
-            headers = build_hf_headers()
-            if urlsplit(found.location).netloc != urlsplit(url).netloc:
+            headers, away = build_hf_headers(), urlsplit(found.location)[:2] != urlsplit(url)[:2]
+            if away:
                 # The token is the hub's business, not that of the storage it sends us to.
                 headers.pop("authorization", None)
             with Part(part, bar, stop) as f:
-                http_get(found.location, f, resume_size=f.tell(), headers=headers, expected_size=file.size)
+                try:
+                    http_get(found.location, f, resume_size=f.tell(), headers=headers, expected_size=file.size)
+                except Exception as e:
+                    if away and status_of(e) in (401, 403):
+                        raise Again(brief(e)) from e
+                    raise
         os.replace(part, target)
-    except DownloadError:
-        raise
-    except Exception as e:
-        raise explain(e, source) from e
+
+    persist(get, source, stop, transport=True)
 
 
 def verify(source: Source, commit: str, files: list[File], folder: Path, bar: tqdm, stop: threading.Event) -> None:
@@ -335,6 +385,8 @@ def read_sums(root: Path) -> dict[str, dict[str, str]]:
         lines = (root / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return {}
+    except ValueError as e:
+        raise DownloadError(f"{root / 'SHA256SUMS'}: cannot be read ({brief(e)}); delete it and fetch again") from e
     for line in lines:
         if line and not line.startswith("#"):
             checksum, _, path = line.partition("  ")
@@ -346,8 +398,12 @@ def read_sums(root: Path) -> dict[str, dict[str, str]]:
 
 
 def write_sums(root: Path, name: str, sums: dict[str, str]) -> None:
-    """Put the SHA-256 of a model's files into root/SHA256SUMS, which is whole at any moment."""
-    all_sums = read_sums(root) | {name: sums}
+    """Put the SHA-256 of a model's files into root/SHA256SUMS, which is whole at any moment. What it had of them and has no
+    more, from another revision, is deleted."""
+    all_sums = read_sums(root)
+    for file in all_sums.pop(name, {}).keys() - sums.keys():
+        (root / name / file).unlink(missing_ok=True)
+    all_sums |= {name: sums} if sums else {}
     write(root / "SHA256SUMS", "".join(f"{c}  {n}/{f}\n" for n in sorted(all_sums) for f, c in sorted(all_sums[n].items())))
 
 
@@ -366,7 +422,7 @@ def check(root: Path, names: tuple[str, ...]) -> None:
     sums = read_sums(root)
     if not sums:
         raise DownloadError(f"{root}: holds nothing that was fetched whole; fetch it with python {Path(__file__).name}")
-    begun = [p.name for p in root.iterdir() if p.name in SOURCES and p.is_dir()]
+    begun = [p.name for p in root.iterdir() if p.name in (*SOURCES, "pickapic") and p.is_dir()]
     wrong = []
     for name in names or sorted({*sums, *begun}):
         if name not in sums:
@@ -381,7 +437,10 @@ def check(root: Path, names: tuple[str, ...]) -> None:
         wrong += [name] if reasons else []
     if wrong:
         models = [n for n in wrong if n != "pickapic"]
-        again = f"python {Path(__file__).name}" + (f" --only {' '.join(models)}" if models else " --dataset N")
+        again = f"python {Path(__file__).name}" + (f" --only {' '.join(models)}" if models else "")
+        if "pickapic" in wrong:
+            again += f" --dataset {pairs_in(read_state(root / 'pickapic')) or 'N'}"
+        again += "" if str(root) == Settings.output_dir else f" --output-dir {shlex.quote(str(root))}"
         raise DownloadError(f"not as fetched: {', '.join(wrong)}; fetch again with {again}")
 
 
@@ -404,68 +463,87 @@ def is_usable(row: dict) -> bool:
 
 
 def read_state(folder: Path) -> dict:
-    """Where an earlier run on Pick-a-Pic stopped: the commit, its whole files with their pairs and SHA-256, the position."""
+    """What earlier runs have of Pick-a-Pic: the commit, and of each whole file its pairs, its SHA-256 and the position in
+    the stream behind it. Empty where that cannot be read."""
     try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"commit": None, "files": {}, "position": None}
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if all(x.keys() == {"pairs", "sha256", "position"} for x in state["files"].values()) and state["commit"]:
+            return state
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return {"commit": None, "files": {}}
 
 
 def pairs_in(state: dict) -> int:
-    return sum(pairs for pairs, _ in state["files"].values())
+    return sum(x["pairs"] for x in state["files"].values())
+
+
+def read_pairs(rows, position: dict | None, wanted: int, bar: tqdm):
+    """The next wanted usable rows of a stream behind a position, in lists of PAIRS_PER_FILE, each with the position behind
+    it; fewer where the stream ends."""
+    if position:
+        rows.load_state_dict(position)
+    pairs, left_out = [], 0
+    for row in rows:
+        if not is_usable(row):
+            left_out += 1
+            bar.set_postfix_str(f"{left_out} left out", refresh=False)
+            continue
+        pairs.append(row)
+        wanted -= 1
+        bar.update()
+        if len(pairs) == PAIRS_PER_FILE or not wanted:
+            yield pairs, rows.state_dict()
+            pairs = []
+        if not wanted:
+            return
+    if pairs:
+        yield pairs, rows.state_dict()
 
 
 def save_pairs(folder: Path, wanted: int, revision: str) -> dict:
     """Stream the first wanted usable pairs of Pick-a-Pic into folder/train-00000.parquet and so on, and the captions of its
-    test set into test_unique.parquet. Goes on after the last whole file. Returns the state."""
+    test set into test_unique.parquet. Whole files of earlier runs are kept, damaged ones made again. Returns the state."""
     import datasets
 
     datasets.disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
     state = read_state(folder)
-    if any(damage(folder, File(file, None, checksum)) for file, (_, checksum) in state["files"].items()):
-        # What is damaged comes before the position, so reading starts anew.
-        state |= {"files": {}, "position": None}
-    for path in folder.glob("train-[0-9][0-9][0-9][0-9][0-9].parquet"):
-        if path.name not in state["files"]:
-            path.unlink()
-    state["commit"] = state["commit"] or repo_info(PICKAPIC, revision or PICKAPIC.revision).sha
+    files = state["files"]
+    bad = [f for f, x in files.items() if damage(folder, File(f, None, x["sha256"]))]
+    if revision or not state["commit"]:
+        commit = repo_info(PICKAPIC, revision or PICKAPIC.revision).sha
+        if state["commit"] not in (None, commit):
+            raise RepositoryError(f"{folder}: holds pairs of commit {state['commit']}; delete it, or leave --revision out")
+        state["commit"] = commit
     stream = functools.partial(datasets.load_dataset, PICKAPIC.repo, streaming=True, revision=state["commit"])
 
-    def save(rows: list[dict], features, file: str, pairs: int) -> None:
+    def save(file: str, rows: list[dict], features, position: dict | None) -> None:
         aside = folder / f".{file}.part"
         datasets.Dataset.from_list(rows, features=features).to_parquet(aside)
         os.replace(aside, folder / file)
-        state["files"][file] = (pairs, sha256(folder / file))
+        files[file] = {"pairs": len(rows) if position else 0, "sha256": sha256(folder / file), "position": position}
         write(folder / "state.json", json.dumps(state))
 
-    if "test_unique.parquet" not in state["files"]:
+    if "test_unique.parquet" not in files or "test_unique.parquet" in bad:
         captions = stream(split="test_unique", columns=["caption"])
-        save(list(captions), captions.features, "test_unique.parquet", 0)
-    have = pairs_in(state)
-    if have >= wanted:
-        return state
-    rows = stream(split="train")
-    if state["position"]:
-        rows.load_state_dict(state["position"])
-    pairs, unusable = [], 0
-    with tqdm(total=wanted, initial=have, desc="Pick-a-Pic", unit=" pairs") as bar:
-        for row in rows:
-            if not is_usable(row):
-                unusable += 1
-                bar.set_postfix_str(f"{unusable} left out", refresh=False)
-                continue
-            pairs.append(row)
-            bar.update()
-            if len(pairs) == PAIRS_PER_FILE or have + len(pairs) == wanted:
-                state["position"] = rows.state_dict()
-                save(pairs, rows.features, f"train-{len(state['files']) - 1:05d}.parquet", len(pairs))
-                have, pairs = pairs_in(state), []
-            if have == wanted:
-                break
-    if pairs:
-        state["position"] = rows.state_dict()
-        save(pairs, rows.features, f"train-{len(state['files']) - 1:05d}.parquet", len(pairs))
+        save("test_unique.parquet", list(captions), captions.features, None)
+    train = sorted(f for f in files if f.startswith("train-"))
+    before = dict(zip(train, [None, *(files[f]["position"] for f in train)], strict=False))
+    more = max(wanted - pairs_in(state), 0)
+    again = [f for f in train if f in bad]
+    with tqdm(total=more + sum(files[f]["pairs"] for f in again), desc="Pick-a-Pic", unit=" pairs") as bar:
+        for file in again:
+            rows = stream(split="train")
+            pairs, position = next(read_pairs(rows, before[file], files[file]["pairs"], bar))
+            save(file, pairs, rows.features, position)
+        if more:
+            rows = stream(split="train")
+            for pairs, position in read_pairs(rows, files[train[-1]]["position"] if train else None, more, bar):
+                save(f"train-{len(files) - 1:05d}.parquet", pairs, rows.features, position)
+    for path in folder.glob("train-[0-9][0-9][0-9][0-9][0-9].parquet"):
+        if path.name not in files:
+            path.unlink()
     return state
 
 
@@ -481,8 +559,10 @@ def count(files) -> str:
 
 def bytes_there(folder: Path, file: File) -> int:
     """How much of a file an earlier run has left."""
-    sizes = [p.stat().st_size for p in (folder / file.path, part_path(folder, file)) if p.is_file()]
-    return min(max(sizes, default=0), file.size or 0)
+    target, part = folder / file.path, part_path(folder, file)
+    if target.is_file() and target.stat().st_size == file.size:
+        return file.size
+    return min(part.stat().st_size, file.size or 0) if part.is_file() else 0
 
 
 def total(files: list[File]) -> int:
@@ -503,15 +583,19 @@ def check_room(root: Path, needed: int) -> None:
 def fetch_all(root: Path, names: tuple[str, ...], pairs: int, revision: str) -> list[RepositoryError]:
     """Fetch models into root and verify them, then pairs of Pick-a-Pic. Returns what went wrong with single ones."""
     plans, failed = {}, []
+
+    def fails(e: RepositoryError) -> None:
+        failed.append(e)
+        tqdm.write(f"error: {e}", sys.stderr)
+
     for name in names:
         try:
             plans[name] = find_files(SOURCES[name], revision or SOURCES[name].revision)
         except RepositoryError as e:
-            failed.append(e)
+            fails(e)
             continue
         commit, files = plans[name]
-        size = readable(total(files))
-        print(f"{name}: {count(files)}, {size}, from {SOURCES[name].repo}@{commit[:8]}", flush=True)
+        print(f"{name}: {count(files)}, {readable(total(files))}, from {SOURCES[name].repo}@{commit[:8]}", flush=True)
     have = sum(bytes_there(root / name, f) for name, (_, files) in plans.items() for f in files)
     size = sum(total(files) for _, files in plans.values())
     needed = size - have
@@ -520,12 +604,9 @@ def fetch_all(root: Path, names: tuple[str, ...], pairs: int, revision: str) -> 
         print(f"pickapic: {pairs} pairs, {new} of them new, from {PICKAPIC.repo}", flush=True)
         needed += new * BYTES_PER_PAIR
     check_room(root, needed)
-    stop = threading.Event()
-    with (
-        tqdm(total=size, initial=have, desc="fetching", unit="B", unit_scale=True, disable=not plans) as bar,
-        ThreadPoolExecutor(FILES_AT_A_TIME) as pool,
-    ):
-        try:
+    stop, pool = threading.Event(), ThreadPoolExecutor(FILES_AT_A_TIME, thread_name_prefix=FETCHER)
+    try:
+        with tqdm(total=size, initial=have, desc="fetching", unit="B", unit_scale=True, disable=not plans) as bar:
             jobs = {
                 name: [pool.submit(fetch, SOURCES[name], commit, f, root / name, bar, stop) for f in files]
                 for name, (commit, files) in plans.items()
@@ -536,24 +617,28 @@ def fetch_all(root: Path, names: tuple[str, ...], pairs: int, revision: str) -> 
                         job.result()
                     verify(SOURCES[name], commit, files, root / name, bar, stop)
                 except RepositoryError as e:
-                    failed.append(e)
+                    fails(e)
+                    if not all((root / name / f).is_file() for f in read_sums(root).get(name, {})):
+                        write_sums(root, name, {})
                     continue
                 shutil.rmtree(root / name / ".parts", ignore_errors=True)
                 sums = {f.path: f.checksum if is_sha256(f.checksum) else sha256(root / name / f.path) for f in files}
                 write_sums(root, name, sums)
                 bar.write(f"{name}: {count(files)} in {root / name}, with the checksums that the hub gives", sys.stdout)
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    finally:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
     if pairs:
         try:
             state = save_pairs(root / "pickapic", pairs, revision)
+        except RepositoryError as e:
+            fails(e)
+            return failed
         except DownloadError:
             raise
         except Exception as e:
             raise explain(e, PICKAPIC) from e
-        write_sums(root, "pickapic", {file: checksum for file, (_, checksum) in state["files"].items()})
+        write_sums(root, "pickapic", {file: x["sha256"] for file, x in state["files"].items()})
         have = f"{pairs_in(state)} pairs" + ("" if pairs_in(state) >= pairs else ", all that there are")
         print(f"pickapic: {have} in {root / 'pickapic'}, from commit {state['commit'][:8]}", flush=True)
     return failed
@@ -580,33 +665,37 @@ def show_use(root: Path) -> None:
     print("\nThe other studies take compare_quality.py's, but no --clip. HF_HUB_OFFLINE=1 keeps all off the network.")
 
 
-def run(s: Settings) -> None:
-    """What the settings ask for. Raises UserError for a wrong command, DownloadError for everything else that can happen."""
+def run(s: Settings) -> int:
+    """What the settings ask for; 1 if a repository failed, which is said by then, else 0. Raises UserError for a wrong
+    command, DownloadError for everything else that can happen."""
     if s.dataset is not None and s.dataset < 1:
         raise UserError(f"--dataset {s.dataset}: use 1 or more")
     if s.all and s.only:
         raise UserError("--all and --only: use one of them")
+    if "pickapic" in s.only and not s.check:
+        raise UserError("--only pickapic: fetch it with --dataset N")
     if not s.output_dir.strip():
         raise UserError("--output-dir is empty: give a folder")
-    root = Path(s.output_dir).expanduser()
+    if HF_HUB_OFFLINE and not s.check:
+        raise DownloadError("HF_HUB_OFFLINE is set: unset it to fetch; --check needs no network")
     disable_progress_bars()
-    if s.check:
-        check(root, s.only)
-        return
     names = s.only or (tuple(SOURCES) if s.all else () if s.dataset else JUDGES)
     try:
+        root = Path(s.output_dir).expanduser()
+        if s.check:
+            check(root, s.only)
+            return 0
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".download.lock", timeout=0):
             failed = fetch_all(root, names, s.dataset or 0, s.revision)
             show_use(root)
     except Timeout:
         raise DownloadError(f"{root}: another run is fetching into it; wait for its end, or use --output-dir") from None
-    except OSError as e:
-        raise DownloadError(f"{root}: {brief(e)}; make room, or give another folder with --output-dir") from e
-    for e in failed[:-1]:
-        print(f"error: {e}", file=sys.stderr)
-    if failed:
-        raise failed[-1]
+    except BrokenPipeError:
+        raise
+    except (OSError, RuntimeError) as e:
+        raise DownloadError(f"{s.output_dir}: {brief(e)}; put that right, or give another folder with --output-dir") from e
+    return 1 if failed else 0
 
 
 # Copied from hasty_sample.parse_settings
@@ -623,16 +712,35 @@ def parse_settings(cls, description: str):
         raise
 
 
+def leave(code: int):
+    """Exit; without waiting for connections that may hang, as what they have brought is on the disk."""
+    until = time.monotonic() + 2
+    while (hanging := any(t.name.startswith(FETCHER) for t in threading.enumerate())) and time.monotonic() < until:
+        time.sleep(0.05)
+    if hanging:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # A folder's name may hold letters that the terminal does not.
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     s = parse_settings(Settings, __doc__)
     try:
-        run(s)
+        leave(run(s))
     except (UserError, DownloadError) as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, UserError) else 1)
+        leave(2 if isinstance(e, UserError) else 1)
+    except BrokenPipeError:
+        # Whoever read the output has gone; what Python would say of that at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(1)
     except KeyboardInterrupt:
         print(f"stopped; what has arrived is in {s.output_dir}, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,16 @@ class Hub:
     """with Hub({"owner/name": {"config.json": b"{}"}}) as hub: ... HF_ENDPOINT=hub.url
 
     cut: {file name: bytes after which its transfer breaks off}, once for each. swap: {file name: what is sent instead}.
-    refuse: {repository: (status, the hub's error code)} for all its requests, or for its files only in refuse_files.
+    refuse: {repository: (status, the hub's error code)} for all its requests; in refuse_files for its files only, in
+    refuse_storage where these are redirected to. refusals: how many requests are refused so; None: all.
     pause: seconds between pieces of 64 KB. requests: (method, path, range) of all that was asked; authorizations: (path,
     header).
     """
 
     def __init__(self, models: dict, datasets: dict | None = None):
         self.repos = {"models": models, "datasets": datasets or {}}
-        self.cut, self.swap, self.refuse, self.refuse_files, self.tokens = {}, {}, {}, {}, {}
+        self.cut, self.swap, self.tokens = {}, {}, {}
+        self.refuse, self.refuse_files, self.refuse_storage, self.refusals = {}, {}, {}, None
         self.revisions = {"main"}
         self.pause, self.requests, self.authorizations = 0.0, [], []
 
@@ -71,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         self.hub.authorizations.append((path, self.headers.get("Authorization")))
         if found := re.fullmatch(rf"/large{REPO}/(?P<file>.+)", path):
+            if (refused := self.hub.refuse_storage.get(found["repo"])) and self.still():
+                return self.refuse(*refused)
             return self.send_file(self.hub.repos[found["kind"]][found["repo"]], found["file"])
         kind = "models"
         if path.startswith("/datasets/"):
@@ -87,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         """Whether repository and revision are there for who asks; answers with the hub's errors otherwise."""
         refused = self.hub.refuse.get(repo) or (of_files and self.hub.refuse_files.get(repo))
         token = self.hub.tokens.get(repo)
-        if refused and not (token and self.headers.get("Authorization") == f"Bearer {token}"):
+        if refused and not (token and self.headers.get("Authorization") == f"Bearer {token}") and self.still():
             self.refuse(*refused)
         elif repo not in self.hub.repos[kind]:
             self.refuse(404, "RepoNotFound")
@@ -96,6 +100,15 @@ class Handler(BaseHTTPRequestHandler):
         else:
             return True
         return False
+
+    def still(self) -> bool:
+        """Whether this request is still one of those that are refused."""
+        if self.hub.refusals is not None:
+            self.hub.refusals -= 1
+            if self.hub.refusals < 0:
+                self.hub.refusals = 0
+                return False
+        return True
 
     def api(self, found, query, body):
         kind, repo, revision = found["kind"], found["repo"], found["revision"] or "main"
@@ -192,6 +205,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status, code):
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -261,17 +261,78 @@ def test_transient_damage_is_repaired(download, hub, tmp_path):
         (401, "RepoNotFound", ["no such repository", "HF_TOKEN"]),
         (403, "GatedRepo", ["gated", "accept its terms", "HF_TOKEN"]),
         (401, "", ["HF_TOKEN"]),
-        (500, "", ["500", "run this again"]),
+        (500, "", ["500", "run this again later"]),
     ],
 )
 def test_refused(status, code, words, download, hub, tmp_path):
     """One line for the repository that is refused, exit code 1, and the others are there."""
     hub.refuse[REPO["vae"]] = (status, code)
-    exit_code, out, err = download("--only", "vae", "hpsv2", HF_HUB_ETAG_TIMEOUT="2")
+    exit_code, out, err = download("--only", "vae", "hpsv2", first="dm.WAITS = (0.1, 0.1)")
     assert exit_code == 1 and err.count("error:") == 1 and REPO["vae"] in err
     assert all(word in err for word in words), err
-    if status < 500:
-        assert (tmp_path / "models/hpsv2/HPS_v2.1_compressed.pt").exists() and "vae" not in out
+    assert (tmp_path / "models/hpsv2/HPS_v2.1_compressed.pt").exists() and "vae" not in out
+    asked = [path for _, path, _ in hub.requests if REPO["vae"] in path]
+    assert len(asked) == (3 if status == 500 else 1)
+
+
+@pytest.mark.parametrize("where", ["refuse", "refuse_files", "refuse_storage"])
+def test_passing_failures_are_waited_out(where, download, hub, tmp_path):
+    """A hub or its storage that is busy, or a storage address that has expired, for two requests: the run goes on."""
+    getattr(hub, where)[REPO["vae"]] = (503, "") if where != "refuse_storage" else (403, "")
+    hub.refusals = 2
+    code, _, err = download("--only", "vae", first="dm.WAITS = (0.1, 0.1, 0.1)")
+    assert code == 0 and not err and hub.refusals == 0
+    assert (tmp_path / "models/vae/config.json").exists()
+
+
+def test_every_failure_is_said(download, hub, tmp_path):
+    """Two repositories fail in different ways, the third is fetched and shown."""
+    hub.refuse[REPO["vae"]] = (404, "RepoNotFound")
+    hub.refuse_files[REPO["parti"]] = (403, "GatedRepo")
+    code, out, err = download("--only", "vae", "parti", "hpsv2", "--dataset", 3)
+    assert code == 1 and err.count("error:") == 3 and all(r in err for r in (REPO["vae"], REPO["parti"], dm.PICKAPIC.repo))
+    assert "hpsv2: str = " in out and "vae: str" not in out and "parti: str" not in out
+
+
+def test_what_was_deleted_is_not_shown(download, hub, tmp_path):
+    """Damage on the disk, and a mirror that has only wrong bytes: the model's entry goes with its file."""
+    file = "diffusion_pytorch_model.safetensors"
+    assert download("--only", "vae", "hpsv2")[0] == 0
+    (tmp_path / "models/vae" / file).write_bytes(b"short")
+    hub.swap[file] = hub.repos["models"][REPO["vae"]][file][::-1]
+    code, out, err = download("--only", "vae")
+    assert code == 1 and "was deleted" in err and "vae: str" not in out and "hpsv2: str" in out
+    # The whole file was announced, as nothing of it could be kept.
+    assert "to fetch: 3.0 MB" in out
+    assert dm.read_sums(tmp_path / "models").keys() == {"hpsv2"}
+
+
+def test_another_revisions_files_go(download, hub, tmp_path):
+    files = hub.repos["models"][REPO["clip"]]
+    safetensors = files.pop("model.safetensors")
+    assert download("--only", "clip")[0] == 0 and (tmp_path / "models/clip/pytorch_model.bin").exists()
+    files["model.safetensors"] = safetensors
+    assert download("--only", "clip")[0] == 0
+    assert (tmp_path / "models/clip/model.safetensors").exists()
+    assert not (tmp_path / "models/clip/pytorch_model.bin").exists()
+
+
+def test_no_secrets_in_messages():
+    said = dm.brief(OSError("at https://me:secret@host:9/a?X-Signature=abc&b=c, and http://x@y/z (gone)"))
+    assert said == "at https://host:9/a, and http://y/z (gone)"
+
+
+def test_a_stalled_storage_does_not_hold_up_ctrl_c(download, hub, tmp_path):
+    hub.pause = 3600
+    process = download("--only", "vae", wait=False)
+    until = time.monotonic() + 60
+    while not any(path.startswith("/large") for _, path, _ in hub.requests):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
 
 
 def test_gated_files_need_a_token(download, hub, tmp_path):
@@ -312,12 +373,24 @@ def test_check_needs_no_network(download, hub, tmp_path):
     assert "vae/config.json: missing" in out and "clip: not fetched whole" in out and "hpsv2: 1 file, none damaged" in out
     assert "--only clip vae" in err
     assert download("--check", "--only", "hpsv2")[0] == 0
-    (tmp_path / "models/SHA256SUMS").write_text("something else\n")
-    code, _, err = download("--check")
-    assert code == 1 and "is no checksum" in err
+    (tmp_path / "models").rename(tmp_path / "mödels of mine")
+    (tmp_path / "mödels of mine/pickapic").mkdir()
+    code, out, err = download("--check", "--output-dir", "mödels of mine", PYTHONIOENCODING="ascii")
+    assert code == 1 and "pickapic: not fetched whole" in out
+    assert err.endswith("--only clip vae --dataset N --output-dir 'm\\xf6dels of mine'")
+    for content in (b"something else\n", b"\xff\xfe\x00"):
+        (tmp_path / "mödels of mine/SHA256SUMS").write_bytes(content)
+        code, _, err = download("--check", "--output-dir", "mödels of mine")
+        assert code == 1 and err.count("error:") == 1 and "delete" in err
 
 
-def test_no_room(hub, monkeypatch, run, tmp_path):
+@pytest.fixture
+def online(monkeypatch):
+    """As if HF_HUB_OFFLINE (conftest.py) were not set, for a run in this process that reaches no network."""
+    monkeypatch.setattr(dm, "HF_HUB_OFFLINE", False)
+
+
+def test_no_room(online, monkeypatch, run, tmp_path):
     """Refused before anything is fetched."""
     monkeypatch.setattr(dm.huggingface_hub, "HfApi", lambda: fake_api(dm.SOURCES["vae"], 3_000_000_000))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 9 * 10**9, 10**9))
@@ -353,7 +426,7 @@ def test_disk_full_midway(download, hub, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_folder_that_cannot_be_written(number, monkeypatch, run):
+def test_folder_that_cannot_be_written(number, online, monkeypatch, run):
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number), "somewhere")
 
@@ -370,10 +443,11 @@ def fake_metadata(url):
     return Simple(location=url)
 
 
-def test_output_folder_is_a_file(run, tmp_path):
+def test_output_folder_is_a_file(online, run, tmp_path):
     (tmp_path / "models").write_text("")
-    code, _, err = run("download_models")
-    assert code == 1 and err.count("\n") == 1 and "--output-dir" in err
+    for flags in ((), ("--check",), ("--output-dir", "~nobody-of-that-name/x")):
+        code, _, err = run("download_models", *flags)
+        assert code == 1 and err.count("\n") == 1 and "--output-dir" in err
 
 
 def test_two_runs_at_once(download, hub, tmp_path):
@@ -473,7 +547,7 @@ dm.write = killed
     pd.testing.assert_frame_equal(saved_pairs(folder), pickapic[:12].reset_index(drop=True))
 
 
-def test_more_pairs_than_there_are(download, pickapic, tmp_path):
+def test_more_pairs_than_there_are(download, pickapic, hub, tmp_path):
     """A larger N adds to the pairs; where the data set ends, that is said; a damaged file is made anew."""
     first = "dm.PAIRS_PER_FILE = 4"
     assert download("--dataset", 6, first=first)[0] == 0
@@ -481,13 +555,25 @@ def test_more_pairs_than_there_are(download, pickapic, tmp_path):
     folder = tmp_path / "models/pickapic"
     assert code == 0 and "16 pairs, all that there are" in out and len(pickapic) == 16
     pd.testing.assert_frame_equal(saved_pairs(folder), pickapic.reset_index(drop=True))
-    with (folder / "train-00001.parquet").open("ab") as f:
-        f.write(b"damage")
+    stamps = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
+    for name in ("train-00001.parquet", "test_unique.parquet"):
+        with (folder / name).open("ab") as f:
+            f.write(b"damage")
     code, out, err = download("--check")
-    assert code == 1 and "train-00001.parquet: with a wrong checksum" in out and "--dataset N" in err
-    assert download("--dataset", 7, first=first)[0] == 0
-    pd.testing.assert_frame_equal(saved_pairs(folder), pickapic[:7].reset_index(drop=True))
-    assert download("--check")[0] == 0
+    assert code == 1 and "train-00001.parquet: with a wrong checksum" in out and "--dataset 16" in err
+    # Without the hub nothing is lost; with it, the damaged files alone are made again, whatever N says.
+    hub.refuse[dm.PICKAPIC.repo] = (404, "RepoNotFound")
+    assert download("--dataset", 7, first=first)[0] == 1 and len(list(folder.glob("train-*.parquet"))) == len(stamps) - 1
+    hub.refuse.clear()
+    assert download("--dataset", 7, first=first)[0] == 0 and download("--check")[0] == 0
+    pd.testing.assert_frame_equal(saved_pairs(folder), pickapic.reset_index(drop=True))
+    changed = {p.name for p in folder.glob("*.parquet") if p.stat().st_mtime_ns != stamps[p.name]}
+    assert changed == {"train-00001.parquet", "test_unique.parquet"}
+    code, _, err = download("--dataset", 7, "--revision", "other")
+    assert code == 1 and "no such revision" in err
+    (folder / "state.json").write_text("{}")
+    assert download("--dataset", 3)[0] == 0
+    pd.testing.assert_frame_equal(saved_pairs(folder), pickapic[:3].reset_index(drop=True))
 
 
 def test_missing_data_set(download, hub):

@@ -1,0 +1,147 @@
+"""--compile: the same images, only full batches compiled, and no harm where torch.compile fails. Graphs are captured for
+real (fullgraph) but run as they are: making code for the whole UNet takes a minute. One test does that for a small one."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+import Ablation_experiment as ae
+import hasty_sample as hs
+
+FLAGS = ("--demo", "--num-inference-steps", 4, "--timestep-spacing", "trailing", "--limit", 5, "--batch-size", 2)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """torch.compile without code generation; the modules that were compiled, with their options."""
+    compiled, real = [], torch.nn.Module.compile
+    torch.compiler.reset()
+
+    def compile(self, **options):
+        compiled.append((type(self).__name__, options))
+        real(self, backend="eager", **{k: v for k, v in options.items() if k != "mode"})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    yield compiled
+    torch.compiler.reset()
+
+
+def devices(folder):
+    return pd.read_csv(f"{folder}/images.csv")["device"].tolist()
+
+
+def test_compiled_images_are_the_same(run, captured):
+    assert run("hasty_sample", *FLAGS, "--compile", "off", "--output-dir", "plain")[0] == 0 and not captured
+    code, _, err = run("hasty_sample", *FLAGS, "--compile", "on", "--output-dir", "fast")
+    assert code == 0 and "warning" not in err, err
+    assert captured == [("UNet2DConditionModel", {"mode": None, "fullgraph": True, "dynamic": False})]
+    for i in range(5):
+        a, b = (np.asarray(Image.open(f"{name}/{i:05d}.png")).astype(int) for name in ("plain", "fast"))
+        assert np.abs(a - b).max() <= 2
+    # The last batch is smaller and runs as before.
+    assert devices("fast") == ["cpu, compiled"] * 4 + ["cpu"] and devices("plain") == ["cpu"] * 5
+    # A run goes on with what was made without it, and the other way round.
+    code, out, _ = run("hasty_sample", *FLAGS, "--compile", "off", "--output-dir", "fast")
+    assert code == 0 and "5 of 5 images" in out
+
+
+def test_auto_counts_the_calls_ahead(run, captured, monkeypatch):
+    assert run("hasty_sample", *FLAGS, "--output-dir", "few")[0] == 0 and not captured
+    monkeypatch.setattr(hs, "COMPILE_FROM", 2 * 4)
+    assert run("hasty_sample", *FLAGS, "--output-dir", "many")[0] == 0 and len(captured) == 1
+    monkeypatch.setattr(hs, "COMPILE_FROM", 2 * 4 + 1)
+    assert run("hasty_sample", *FLAGS, "--output-dir", "fewer")[0] == 0 and len(captured) == 1
+
+
+def test_where_compiling_fails(run, monkeypatch):
+    """A machine without a compiler: auto goes on without, with a warning; on ends with one line."""
+
+    def broken(self, **_):
+        def call(*_, **__):
+            raise RuntimeError("no C++ compiler")
+
+        self._compiled_call_impl = call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    code, _, err = run("hasty_sample", *FLAGS, "--compile", "on", "--output-dir", "on")
+    assert code == 2 and "error: --compile on: torch.compile fails here (no C++ compiler); use --compile off" in err
+    monkeypatch.setattr(hs, "COMPILE_FROM", 1)
+    code, _, err = run("hasty_sample", *FLAGS, "--output-dir", "auto")
+    assert code == 0 and err.count("warning: torch.compile fails here (no C++ compiler); going on without") == 1
+    assert devices("auto") == ["cpu"] * 5
+    assert run("hasty_sample", *FLAGS, "--compile", "fast")[0] == 2
+
+
+def test_after_out_of_memory_the_smaller_batch_is_compiled(run, captured, monkeypatch):
+    sample = hs.ddim_sample
+
+    def small_memory(*arguments):
+        if len(arguments[5]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sample(*arguments)
+
+    monkeypatch.setattr(hs, "ddim_sample", small_memory)
+    code, _, err = run("hasty_sample", *FLAGS, "--compile", "on", "--output-dir", "out")
+    assert code == 0 and "going on with batches of 1" in err
+    assert devices("out") == ["cpu, compiled"] * 5
+
+
+def test_a_study_compiles_full_batches_of_each_variant(run, captured, monkeypatch):
+    flags = ("--demo", "--limit", 1, "--batch-size", 2, "--num-inference-steps", 3, "--etas", 0, 1)
+    assert run("Ablation_experiment", *flags, "--output-dir", "plain")[0] == 0 and not captured
+    monkeypatch.setattr(ae, "COMPILE_FROM", 2 * 3)
+    code, _, err = run("Ablation_experiment", *flags, "--output-dir", "fast")
+    assert code == 0 and len(captured) == 1, err
+    for variant in ("eta-0", "eta-1"):
+        records = [ae.read_record(ae.Path(f"fast/{variant}/{i:05d}.png")) for i in range(3)]
+        assert [r["device"] for r in records] == ["cpu, compiled", "cpu, compiled", "cpu"]
+    plain, fast = (pd.read_csv(f"{name}/scores.csv") for name in ("plain", "fast"))
+    assert np.abs(plain["pickscore"] - fast["pickscore"]).max() < 0.05
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")
+def test_generated_code_gives_the_same_latents(demo_pipe):
+    """torch's own code generator on a UNet of SDXL's kind with one block of each sort."""
+    config = dict(demo_pipe.unet.config) | {"block_out_channels": [16, 32], "norm_num_groups": 8, "layers_per_block": 1}
+    config |= {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "attention_head_dim": [1, 2]}
+    config |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 1]}
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(config).eval()
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    generator = torch.Generator().manual_seed(1)
+    embeds = (
+        torch.randn(4, 77, config["cross_attention_dim"], generator=generator),
+        torch.randn(4, pooled, generator=generator),
+    )
+
+    def sample():
+        seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+        return hs.ddim_sample(unet, demo_pipe.scheduler.alphas_cumprod, [900, 600, 300], *embeds, seeds, 64, 64, 5.0, 0.5)
+
+    plain = sample()
+    pipe = type("Pipe", (), {"unet": unet, "vae": demo_pipe.vae})()
+    calls = []
+    assert hs.compile_unet(pipe, lambda: calls.append(sample()), "on")
+    compiled = sample()
+    assert (plain - compiled).abs().max() < 1e-4 * plain.abs().max() and torch.equal(calls[0], compiled)
+    assert not torch.equal(plain, compiled), "the compiled call was not used"
+    with hs.eager():
+        assert torch.equal(plain, sample())
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_compiled_images_on_a_gpu(run, dtype):
+    flags = (*FLAGS, "--dtype", dtype)
+    assert run("hasty_sample", *flags, "--compile", "off", "--output-dir", "plain")[0] == 0
+    assert run("hasty_sample", *flags, "--compile", "on", "--output-dir", "fast")[0] == 0
+    assert all(d.endswith(", compiled") for d in devices("fast")[:4])
+    for i in range(5):
+        a, b = (np.asarray(Image.open(f"{name}/{i:05d}.png")).astype(int) for name in ("plain", "fast"))
+        assert np.abs(a - b).mean() < 1
