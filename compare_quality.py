@@ -652,6 +652,36 @@ def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...], device
     return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=device.type == "cuda")
 
 
+# Copied from hasty_sample.Given
+class Given(torch.nn.Module):
+    """A layer whose output is known."""
+
+    def __init__(self, output: torch.Tensor):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output
+
+
+# Copied from hasty_sample.text_projected_once
+@contextlib.contextmanager
+def text_projected_once(unet: UNet2DConditionModel, prompt_embeds: torch.Tensor):
+    """Inside, cross-attention takes the keys and values of these prompts as computed here, once for all steps: they depend
+    on nothing else. A compiled UNet keeps its graph, where that costs little; so does one that changes the embeddings."""
+    layers = {}
+    if unet.encoder_hid_proj is None and getattr(unet, "_compiled_call_impl", None) is None:
+        blocks = (m for m in unet.modules() if type(m).__name__ == "Attention" and m.is_cross_attention)
+        layers = {m: (m.to_k, m.to_v) for m in blocks if m.norm_cross is None and not m.fused_projections}
+    try:
+        for m, (to_k, to_v) in layers.items():
+            m.to_k, m.to_v = Given(to_k(prompt_embeds)), Given(to_v(prompt_embeds))
+        yield
+    finally:
+        for m, (to_k, to_v) in layers.items():
+            m.to_k, m.to_v = to_k, to_v
+
+
 # Copied from hasty_sample.ddim_sample
 @torch.no_grad()
 def ddim_sample(
@@ -682,23 +712,24 @@ def ddim_sample(
     time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=dtype)
     conditions = {"text_embeds": pooled_embeds, "time_ids": time_ids.expand(prompt_embeds.shape[0], -1)}
     x = draw_noise(generators, shape, device)
-    for i in range(len(timesteps)):
-        a, b, sigma = coefficients[i]
-        model_input = (torch.cat([x, x]) if guided else x).to(dtype)
-        e = unet(
-            model_input,
-            t[i],
-            encoder_hidden_states=prompt_embeds,
-            added_cond_kwargs=conditions,
-            return_dict=False,
-        )[0].float()
-        if guided:
-            e_uncond, e_cond = e.chunk(2)
-            e = e_uncond + guidance_scale * (e_cond - e_uncond)
-        x = a * x + b * e
-        if eta > 0:
-            x = x + sigma * draw_noise(generators, shape, device)
-        on_step()
+    with text_projected_once(unet, prompt_embeds):
+        for i in range(len(timesteps)):
+            a, b, sigma = coefficients[i]
+            model_input = (torch.cat([x, x]) if guided else x).to(dtype)
+            e = unet(
+                model_input,
+                t[i],
+                encoder_hidden_states=prompt_embeds,
+                added_cond_kwargs=conditions,
+                return_dict=False,
+            )[0].float()
+            if guided:
+                e_uncond, e_cond = e.chunk(2)
+                e = e_uncond + guidance_scale * (e_cond - e_uncond)
+            x = a * x + b * e
+            if eta > 0:
+                x = x + sigma * draw_noise(generators, shape, device)
+            on_step()
     return x
 
 
@@ -726,15 +757,16 @@ def scheduler_sample(
     scheduler.set_begin_index(0)
     shape = (unet.config.in_channels, height // vae_scale_factor, width // vae_scale_factor)
     x = draw_noise(generators, shape, device) * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t).to(dtype)
-        e = unet(model_input, t, encoder_hidden_states=prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
-        e = e.float()
-        if guided:
-            e_uncond, e_cond = e.chunk(2)
-            e = e_uncond + guidance_scale * (e_cond - e_uncond)
-        x = scheduler.step(e, t, x, return_dict=False)[0]
-        on_step()
+    with text_projected_once(unet, prompt_embeds):
+        for t in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t).to(dtype)
+            e = unet(model_input, t, encoder_hidden_states=prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[0]
+            e = e.float()
+            if guided:
+                e_uncond, e_cond = e.chunk(2)
+                e = e_uncond + guidance_scale * (e_cond - e_uncond)
+            x = scheduler.step(e, t, x, return_dict=False)[0]
+            on_step()
     return x
 
 

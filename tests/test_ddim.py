@@ -1,5 +1,6 @@
 """The sampling loop: timesteps, coefficients, an exactly solvable model, and diffusers' own pipeline."""
 
+import contextlib
 import itertools
 from types import SimpleNamespace
 
@@ -244,3 +245,29 @@ def test_half_precision_on_a_gpu_gives_nearly_the_same_picture(demo_pipe, dtype)
     reference = hs.decode(demo_pipe.vae, our_latents(demo_pipe, PROMPTS, 30, 0.0, 5.0, (0, 1)))
     half = hs.decode(gpu.vae, our_latents(gpu, PROMPTS, 30, 0.0, 5.0, (0, 1))).cpu()
     assert (half - reference).abs().mean() < 0.05
+
+
+def test_keys_and_values_of_the_prompt_are_computed_once(demo_pipe, monkeypatch):
+    """Once for all steps, to the last bit what computing them each time gives; the UNet is as before afterwards, also after
+    an error."""
+    unet, calls = demo_pipe.unet, []
+    layers = [m for m in unet.modules() if type(m).__name__ == "Attention" and m.is_cross_attention]
+    before = [(m.to_k, m.to_v) for m in layers]
+    hooks = [m.to_k.register_forward_hook(lambda *_: calls.append(1)) for m in layers]
+    embeds = hs.encode_prompts(demo_pipe, ["a red circle", "a blue house"], "", True)
+
+    def sample(on_step=lambda: None):
+        calls.clear()
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        sizes = (generators, 64, 64, 5.0, 0.5, demo_pipe.vae_scale_factor, on_step)
+        return hs.ddim_sample(unet, demo_pipe.scheduler.alphas_cumprod, [900, 600, 300, 100], *embeds, *sizes)
+
+    once = sample()
+    assert len(layers) > 1 and len(calls) == len(layers)
+    with pytest.raises(ZeroDivisionError):
+        sample(lambda: 1 / 0)
+    assert [(m.to_k, m.to_v) for m in layers] == before
+    monkeypatch.setattr(hs, "text_projected_once", lambda *_: contextlib.nullcontext())
+    assert torch.equal(sample(), once) and len(calls) == 4 * len(layers)
+    for hook in hooks:
+        hook.remove()
