@@ -27,6 +27,7 @@ import sys
 import time
 import unicodedata
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -606,10 +607,11 @@ def encode_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str], negative
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Images of latents (B, 4, H, W), one at a time to bound memory: (B, 3, F H, F W), float32 in [-1, 1] or a little
-    outside, NaN where the VAE overflowed."""
+    """Images of latents (B, 4, H, W): (B, 3, F H, F W), float32 in [-1, 1] or a little outside, NaN where the VAE overflowed.
+    To bound memory, together only as many as have the area of one SDXL image."""
     scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
-    return torch.cat([vae.decode(z[None], return_dict=False)[0].float() for z in scaled])
+    together = max(1, 128 * 128 // (latents.shape[-2] * latents.shape[-1]))
+    return torch.cat([vae.decode(z, return_dict=False)[0].float() for z in scaled.split(together)])
 
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -885,38 +887,47 @@ def sample_all(s, pipe, share, wanted, timesteps, height, width, versions) -> li
         generators = [torch.Generator().manual_seed(r["seed"]) for r in records]
         sizes = (generators, height, width, s.guidance_scale, s.eta, pipe.vae_scale_factor)
         latents = ddim_sample(pipe.unet, pipe.scheduler.alphas_cumprod, timesteps, *embeds, *sizes, on_step)
-        return decode(pipe.vae, latents).cpu()
+        return decode(pipe.vae, latents)
 
     def run(batch_size: int) -> None:
-        nonlocal compiling, compiled_for
+        nonlocal compiling, compiled_for, writing
         while left:
             paths = left[:batch_size]
             records = [wanted[p] for p in paths]
-            bar.set_description(f"image {len(share) - len(left) + 1}-{len(share) - len(left) + len(paths)} of {len(share)}")
-            bar.n = (len(share) - len(left)) * len(timesteps)
             if compiling and len(paths) == batch_size != compiled_for:
                 bar.set_description("compiling")
                 compiling = compile_unet(pipe, lambda records=records: make(records, timesteps[:2], lambda: None), s.compile)
                 compiled_for = batch_size
+            bar.set_description(f"image {len(share) - len(left) + 1}-{len(share) - len(left) + len(paths)} of {len(share)}")
+            bar.n = (len(share) - len(left)) * len(timesteps)
             with contextlib.nullcontext() if compiling and len(paths) == batch_size else eager():
                 start = time.perf_counter()
                 images = make(records, timesteps, functools.partial(bar.update, len(paths)))
+                finite = images.isfinite().flatten(1).all(dim=1).tolist()
+                pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 each = (time.perf_counter() - start) / len(paths)
             where = device_name(device) + ", compiled" * (compiling and len(paths) == batch_size)
             measured = {"seconds_per_image": round(each, 4), "batch_size": len(paths), "device": where}
-            for path, image, record in zip(paths, images, records, strict=True):
-                if not torch.isfinite(image).all():
+            # PNGs are written while the next batch is sampled; what went wrong with the last ones is raised here.
+            for written in writing:
+                written.result()
+            writing = []
+            for path, x, is_finite, record in zip(paths, pixels, finite, records, strict=True):
+                if not is_finite:
                     raise ImageError(
                         f"the image of prompt {record['prompt']!r} with seed {record['seed']} came out with NaN; "
                         f"try --dtype bf16 or fp32, and with fp16 a VAE that can stand it ({Settings.vae})"
                     )
-                pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-                save_png(path, Image.fromarray(pixels), record | measured | versions)
+                writing.append(writer.submit(save_png, path, Image.fromarray(x), record | measured | versions))
             seconds.append(each)
             del left[: len(paths)]
 
+    writing = []
     try:
-        find_executable_batch_size(run, starting_batch_size=batch_size, reduce_batch_size_fn=halve)()
+        with ThreadPoolExecutor(1) as writer:
+            find_executable_batch_size(run, starting_batch_size=batch_size, reduce_batch_size_fn=halve)()
+        for written in writing:
+            written.result()
     except RuntimeError as e:
         if "No executable batch size" in str(e):
             raise UserError("one image alone does not fit into the memory; use a smaller --height and --width") from e

@@ -1,0 +1,246 @@
+"""Time training: train_dipo.py beside the way of Diffusion-DPO's own trainer, on the same model and pairs.
+
+    python benchmarks/bench_training.py                    # SDXL on a GPU; without one, the demo model
+    python benchmarks/bench_training.py --random-weights   # SDXL at full size from its configuration alone
+
+The ways take turns within one run:
+
+    reference   as SalesforceAIResearch/DiffusionDPO trains SDXL, written anew from its description: one pair a forward pass,
+                float32 weights under fp16 autocast (float32 on the CPU), Adafactor, gradient checkpointing, VAE, text
+                encoders and reference UNet kept on the CPU and streamed to the GPU for each use (accelerate.cpu_offload)
+    full        train_dipo.py, all weights, at --train-batch-sizes, in bf16 over float32 weights (float32 on the CPU)
+    lora        the same with --lora-rank 64
+
+A row holds pairs per second, the median of the optimizer steps after each run's first, and the peak of the GPU's memory. The
+floor is the operations of a pair (two pictures encoded, model forward and backward, reference forward; torch's
+FlopCounterMode) over the rate of a large matrix product, measured in the same run. Time does not depend on the weights.
+"""
+
+import datetime
+import importlib.metadata
+import io
+import os
+import platform
+import sys
+import tempfile
+import unittest.mock
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import accelerate
+import bench_sampling
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+import tyro
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import DDPMScheduler
+from PIL import Image
+from tqdm import tqdm
+
+import hasty_sample
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_dipo
+
+
+@dataclass
+class Settings:
+    random_weights: bool = False
+    """SDXL at full size with random weights; needs no network"""
+    ways: tuple[str, ...] = ("reference", "full", "lora")
+    """what takes turns"""
+    train_batch_sizes: tuple[int, ...] = (1, 4)
+    """pairs that train_dipo.py holds at once"""
+    effective_batch_size: int = 16
+    """pairs in an optimizer step"""
+    steps: int = 4
+    """optimizer steps of a run; the first is not counted"""
+    rounds: int = 2
+    """runs of each way"""
+    csv: str = "benchmarks/training.csv"
+    """where the rows go, after those that are there; empty: nowhere"""
+
+
+def make_pairs(path: Path, n: int, size: int) -> None:
+    """n pairs of JPEGs that are no noise, so that decoding them costs what it does for pictures."""
+    rng = np.random.default_rng(0)
+
+    def picture() -> bytes:
+        small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        out = io.BytesIO()
+        small.resize((size, size), Image.Resampling.BICUBIC).save(out, "JPEG")
+        return out.getvalue()
+
+    rows = [{"jpg_0": picture(), "jpg_1": picture(), "caption": f"picture {i}", "label_0": float(i % 2)} for i in range(n)]
+    pd.DataFrame(rows).to_parquet(path)
+
+
+def peak_gigabytes(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
+
+
+def reference_way(s: Settings, model: str, pairs: Path, device: torch.device) -> list[float]:
+    """Pairs per second of each optimizer step of the reference trainer's way."""
+    cuda = device.type == "cuda"
+    half = torch.float16 if cuda else torch.float32
+    settings = train_dipo.Settings(base_model=model, vae="")
+    pipe = train_dipo.load_models(settings, torch.device("cpu"), torch.float32)
+    unet = pipe.unet
+    reference = train_dipo.copy.deepcopy(unet).requires_grad_(False).to(half)
+    frozen = (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, reference)
+    for part in frozen:
+        part.to(half)
+        if cuda:
+            accelerate.cpu_offload(part, device)
+    unet.to(device).train()
+    unet.enable_gradient_checkpointing()
+    optimizer = transformers.Adafactor(
+        unet.parameters(), lr=1e-5, weight_decay=0.01, scale_parameter=False, relative_step=False
+    )
+    scaler, schedule = torch.amp.GradScaler(device.type, enabled=cuda), DDPMScheduler.from_config(pipe.scheduler.config)
+    resolution = unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    time_ids = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * 2, device=device, dtype=half)
+    rows, rates = pd.read_parquet(pairs).to_dict("records"), []
+    for step in tqdm(range(s.steps), desc="reference", leave=False):
+        start = bench_sampling.clock(device)
+        for i in range(s.effective_batch_size):
+            pair = train_dipo.read_pair(rows[(step * s.effective_batch_size + i) % len(rows)], resolution)
+            with torch.no_grad():
+                x = pair["pixels"].permute(0, 3, 1, 2).to(device, half) / 127.5 - 1
+                latents = torch.cat([pipe.vae.encode(image[None]).latent_dist.sample() for image in x])
+                latents = latents * pipe.vae.config.scaling_factor
+                text, _, pooled, _ = pipe.encode_prompt([pair["caption"]], device=device, do_classifier_free_guidance=False)
+                noise = torch.randn_like(latents[:1]).expand_as(latents)
+                t = torch.randint(schedule.config.num_train_timesteps, (1,), device=device).expand(2)
+                noisy = schedule.add_noise(latents, noise, t)
+                conditions = {"text_embeds": pooled.expand(2, -1), "time_ids": time_ids}
+                given = {"encoder_hidden_states": text.expand(2, -1, -1), "added_cond_kwargs": conditions}
+                base = reference(noisy, t, **given).sample
+            with torch.autocast(device.type, half, enabled=cuda):
+                out = unet(noisy, t, **given).sample
+            loss = train_dipo.dpo_loss(out, base, noise[:1], settings.beta_dpo)[0]
+            scaler.scale(loss / s.effective_batch_size).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        rates.append(s.effective_batch_size / (bench_sampling.clock(device) - start))
+    return rates
+
+
+def our_way(s: Settings, model: str, pairs: Path, folder: Path, batch_size: int, rank: int) -> list[float]:
+    """Pairs per second of each optimizer step of train_dipo.py, as its metrics.csv has them; nothing else is written."""
+    settings = train_dipo.Settings(
+        base_model=model,
+        vae="",
+        dataset=str(pairs),
+        output_dir=str(folder),
+        max_train_steps=s.steps,
+        effective_batch_size=s.effective_batch_size,
+        train_batch_size=batch_size,
+        learning_rate=1e-5,
+        scale_lr=False,
+        lr_warmup_steps=0,
+        lora_rank=rank,
+        validate_every=0,
+        max_mse_ratio=1e9,
+    )
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    with (
+        unittest.mock.patch.object(train_dipo, "save_checkpoint"),
+        unittest.mock.patch.object(train_dipo, "save_result"),
+    ):
+        train_dipo.train(settings)
+    return pd.read_csv(folder / "metrics.csv")["pairs_per_second"].tolist()
+
+
+def floor_flops(model: str) -> float:
+    """Operations of a pair: pictures encoded, model forward and backward (twice a forward), reference forward."""
+    pipe = train_dipo.load_models(train_dipo.Settings(base_model=model, vae=""), torch.device("cpu"), torch.float32)
+    unet, side = pipe.unet.to("meta"), pipe.unet.config.sample_size
+    pooled = pipe.text_encoder_2.config.projection_dim
+    text = torch.zeros(2, 77, unet.config.cross_attention_dim, device="meta")
+    conditions = {"text_embeds": torch.zeros(2, pooled, device="meta"), "time_ids": torch.zeros(2, 6, device="meta")}
+    x, t = torch.zeros(2, unet.config.in_channels, side, side, device="meta"), torch.zeros(2, device="meta")
+    pixels = torch.zeros(2, 3, side * pipe.vae_scale_factor, side * pipe.vae_scale_factor, device="meta")
+    vae = pipe.vae.to("meta")
+    with torch.no_grad():
+        forward = bench_sampling.flops_of(lambda: unet(x, t, encoder_hidden_states=text, added_cond_kwargs=conditions))
+        return 4 * forward + bench_sampling.flops_of(lambda: vae.encoder(pixels))
+
+
+def main() -> None:
+    s = tyro.cli(Settings, description=__doc__)
+    warnings.simplefilter("ignore")
+    hasty_sample.quiet_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu":
+        print("no GPU here: nothing is streamed, and the ratios below are the demo model's, not SDXL's", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, label = str(hasty_sample.find_path(hasty_sample.DEMO_MODEL)), "demo"
+        if s.random_weights:
+            model, label = str(folder / "sdxl"), "SDXL, random weights"
+            bench_sampling.random_sdxl(device, torch.float16).save_pretrained(model)
+        elif device.type == "cuda":
+            model, label = train_dipo.Settings.base_model, train_dipo.Settings.base_model
+        flops, rate = floor_flops(model), bench_sampling.matrix_rate(device, half)
+        print(f"{flops / 1e12:.4g} TFLOP a pair, matrix rate {rate / 1e12:.3g} TFLOP/s", flush=True)
+        make_pairs(folder / "train.parquet", 2 * s.effective_batch_size, 1024 if label != "demo" else 64)
+        kinds = [(w, b) for w in s.ways for b in ((1,) if w == "reference" else s.train_batch_sizes)]
+        rates, peaks = {k: [] for k in kinds}, dict.fromkeys(kinds, float("nan"))
+        for r in range(s.rounds):
+            for way, batch_size in kinds:
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats(device)
+                if way == "reference":
+                    got = reference_way(s, model, folder / "train.parquet", device)
+                else:
+                    out = folder / f"{way}-{batch_size}-{r}"
+                    rank = 64 if way == "lora" else 0
+                    got = our_way(s, model, folder / "train.parquet", out, batch_size, rank)
+                rates[way, batch_size] += got[1:]
+                peaks[way, batch_size] = peak_gigabytes(device)
+                print(f"{way}, batch {batch_size}: {np.median(got[1:]):.3f} pairs a second", flush=True)
+    rows = []
+    for (way, batch_size), values in rates.items():
+        each = float(np.median(values))
+        rows.append(
+            {
+                "date": datetime.date.today().isoformat(),
+                "device": hasty_sample.device_name(device),
+                "cores": os.cpu_count(),
+                "model": label,
+                "way": way,
+                "train_batch_size": batch_size,
+                "effective_batch_size": s.effective_batch_size,
+                "steps_counted": len(values),
+                "pairs_per_second": round(each, 4),
+                "low": round(min(values), 4),
+                "high": round(max(values), 4),
+                "times_reference": round(each / float(np.median(rates.get(("reference", 1), [np.nan]))), 3),
+                "peak_gigabytes": round(peaks[way, batch_size], 2),
+                "floor_pairs_per_second": round(rate / flops, 3),
+                "share_of_floor": round(each * flops / rate, 3),
+                "torch": importlib.metadata.version("torch"),
+                "diffusers": importlib.metadata.version("diffusers"),
+                "python": platform.python_version(),
+            }
+        )
+    table = pd.DataFrame(rows)
+    shown = ["way", "train_batch_size", "pairs_per_second", "low", "high", "times_reference", "peak_gigabytes"]
+    print("\n" + table[[*shown, "share_of_floor"]].to_markdown(index=False))
+    if s.csv:
+        path = Path(s.csv)
+        table.to_csv(path, mode="a", index=False, header=not path.exists())
+
+
+if __name__ == "__main__":
+    main()
