@@ -759,8 +759,8 @@ def encode_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str], negative
 # Copied from hasty_sample.decode
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Images of latents (B, 4, H, W): (B, 3, F H, F W), float32 in [-1, 1] or a little outside, NaN where the VAE overflowed.
-    To bound memory, together only as many as have the area of one SDXL image."""
+    """Images of latents (B, 4, H, W): (B, 3, F H, F W), float32 in [-1, 1] or a little outside, NaN where the VAE overflowed;
+    to bound memory, only as many together as have the area of one SDXL image."""
     scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
     together = max(1, 128 * 128 // (latents.shape[-2] * latents.shape[-1]))
     return torch.cat([vae.decode(z, return_dict=False)[0].float() for z in scaled.split(together)])
