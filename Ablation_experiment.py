@@ -620,7 +620,8 @@ def text_projected_once(unet: UNet2DConditionModel, prompt_embeds: torch.Tensor)
     """Inside, cross-attention takes the keys and values of these prompts as computed here, once for all steps: they depend
     on nothing else. A compiled UNet keeps its graph, where that costs little; so does one that changes the embeddings."""
     layers = {}
-    if unet.encoder_hid_proj is None and getattr(unet, "_compiled_call_impl", None) is None:
+    plain = isinstance(unet, UNet2DConditionModel) and unet.encoder_hid_proj is None
+    if plain and unet._compiled_call_impl is None:
         blocks = (m for m in unet.modules() if type(m).__name__ == "Attention" and m.is_cross_attention)
         layers = {m: (m.to_k, m.to_v) for m in blocks if m.norm_cross is None and not m.fused_projections}
     try:
@@ -747,8 +748,8 @@ def encode_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str], negative
 # Copied from hasty_sample.decode
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Images of latents (B, 4, H, W): (B, 3, F H, F W), float32 in [-1, 1] or a little outside, NaN where the VAE overflowed;
-    to bound memory, only as many together as have the area of one SDXL image."""
+    """Images of latents (B, 4, H, W): (B, 3, F H, F W), float32 in [-1, 1] or a little outside, NaN where the VAE
+    overflowed. To bound memory, only as many are decoded together as have the area of one SDXL image."""
     scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
     together = max(1, 128 * 128 // (latents.shape[-2] * latents.shape[-1]))
     return torch.cat([vae.decode(z, return_dict=False)[0].float() for z in scaled.split(together)])
