@@ -18,7 +18,6 @@ FlopCounterMode, one UNet call and one decoding) over the rate of a large matrix
 GPU the ratios tell of overhead on the demo model, not of SDXL.
 """
 
-import contextlib
 import datetime
 import importlib.metadata
 import math
@@ -162,8 +161,8 @@ class Ways:
         self.dtypes |= dict.fromkeys(("ours", "compiled"), hasty_sample.DTYPES.get(s.dtype, half))
         self.pipes, self.model = {}, ""
         for way in s.ways:
-            # The recipe alone changes the model; the others share one where their precision is the same.
-            kind = "recipe" if way == "recipe" else self.dtypes[way]
+            # Ways that change the model have one of their own; the others share one where their precision is the same.
+            kind = way if way in ("recipe", "compiled") else self.dtypes[way]
             if kind not in self.pipes:
                 self.pipes[kind], self.model = load(s, device, self.dtypes[way])
             self.pipes[way] = self.pipes[kind]
@@ -183,8 +182,7 @@ class Ways:
         pipe = self.pipes[way]
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         if way in ("pipeline", "recipe"):
-            with contextlib.nullcontext() if way == "recipe" else hasty_sample.eager():
-                return pipe(prompts, num_inference_steps=steps, guidance_scale=5.0, generator=generators).images
+            return pipe(prompts, num_inference_steps=steps, guidance_scale=5.0, generator=generators).images
         config = pipe.scheduler.config
         timesteps = hasty_sample.ddim_timesteps(steps, "leading", config.num_train_timesteps, config.steps_offset)
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -198,8 +196,7 @@ class Ways:
         if way == "compiled" and self.compiled_for != len(prompts):
             hasty_sample.compile_unet(pipe, lambda: sample(timesteps[:2]), "on")
             self.compiled_for = len(prompts)
-        with contextlib.nullcontext() if way == "compiled" else hasty_sample.eager():
-            images = sample(timesteps)
+        images = sample(timesteps)
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(x) for x in pixels]
 
@@ -213,9 +210,8 @@ def count_flops(pipe, batch_size: int) -> tuple[int, int]:
     x = torch.zeros(2 * batch_size, unet.config.in_channels, side, side, device=device, dtype=dtype)
     conditions = {"text_embeds": embeds[1], "time_ids": torch.zeros(2 * batch_size, 6, device=device, dtype=dtype)}
     t = torch.tensor(500, device=device)
-    with hasty_sample.eager():
-        step = flops_of(lambda: unet(x, t, encoder_hidden_states=embeds[0], added_cond_kwargs=conditions))
-        return step, flops_of(lambda: hasty_sample.decode(pipe.vae, x[:1].float()))
+    step = flops_of(lambda: unet(x, t, encoder_hidden_states=embeds[0], added_cond_kwargs=conditions))
+    return step, flops_of(lambda: hasty_sample.decode(pipe.vae, x[:1].float()))
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -251,8 +247,8 @@ def main() -> None:
     versions["python"] = platform.python_version()
     for batch_size in s.batch_sizes:
         prompts = [f"picture number {i} of a lighthouse above the sea" for i in range(batch_size)]
-        plain = next(ways.pipes[w] for w in s.ways if w != "recipe" or len(s.ways) == 1)
-        step_flops, decode_flops = count_flops(plain, batch_size)
+        with hasty_sample.eager():
+            step_flops, decode_flops = count_flops(ways.pipes[s.ways[0]], batch_size)
         first = {}
         for way in s.ways:
             start = clock(device)
