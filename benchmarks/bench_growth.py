@@ -137,7 +137,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
             axis.set_title(f"{1000 * fit.intercept:.0f} ms + {1000 * fit.slope:.1f} ms per step", fontsize=10)
         axis.set_xlabel(labels[kind])
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{table['model'].iloc[0]} on {table['device'].iloc[0]}")
+    figure.suptitle(bench_sampling.title(table.iloc[0]))
     figure.savefig(path, dpi=120)
 
 

@@ -214,6 +214,11 @@ def count_flops(pipe, batch_size: int) -> tuple[int, int]:
     return step, flops_of(lambda: hasty_sample.decode(pipe.vae, x[:1].float()))
 
 
+def title(row: dict) -> str:
+    model = "demo model" if row["model"] == "demo" else row["model"]
+    return f"{model} on " + (f"{row['cores']} CPU cores" if row["device"] == "cpu" else row["device"])
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Seconds per image over the steps, a panel for each batch size; bars are the range of the rounds."""
     table = pd.DataFrame(rows)
@@ -229,7 +234,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("seconds per image")
     figure.axes[0].legend(frameon=False)
-    figure.suptitle(f"{rows[0]['model']} on {rows[0]['device']}")
+    figure.suptitle(title(rows[0]))
     figure.savefig(path, dpi=120)
 
 
