@@ -3,10 +3,10 @@
     python benchmarks/bench_growth.py                    # SDXL on a GPU; without one, the demo model
     python benchmarks/bench_growth.py --random-weights   # SDXL at full size from its configuration alone
 
-Each time is the median of the rounds, after a warm-up, the device synchronised. Time over steps is fitted by a straight
-line: its intercept is what an image costs besides the steps (text, decoding), its slope a step. Memory is that of the host's
-process while hasty_sample.py samples 10,000 prompts at one step and half the size with every image thrown away; the first
-1,000 fill caches.
+Each time is the median of rounds in which all take turns, after a warm-up, the device synchronised. Time over steps is
+fitted by a straight line: its intercept is what an image costs besides the steps (text, decoding), its slope a step. Memory
+is that of the host's process while hasty_sample.py samples 10,000 prompts at one step and half the size with every image
+thrown away; the first 1,000 fill caches.
 """
 
 import contextlib
@@ -55,21 +55,18 @@ class Settings:
     """where the rows go, after those that are there; beside it the plot of this run; empty: nowhere"""
 
 
-def time_sampling(pipe, steps: int, batch_size: int, size: int, rounds: int) -> list[float]:
-    """Seconds of each round from prompts to pixels in host memory."""
+def time_sampling(pipe, steps: int, batch_size: int, size: int) -> float:
+    """Seconds from prompts to pixels in host memory."""
     config, device = pipe.scheduler.config, pipe.unet.device
     timesteps = hasty_sample.ddim_timesteps(steps, "leading", config.num_train_timesteps, config.steps_offset)
     prompts = [f"picture number {i} of a lighthouse above the sea" for i in range(batch_size)]
-    seconds = []
-    for _ in range(rounds + 1):
-        start = bench_sampling.clock(device)
-        embeds = hasty_sample.encode_prompts(pipe, prompts, "", True)
-        generators = [torch.Generator().manual_seed(i) for i in range(batch_size)]
-        sizes = (generators, size, size, 5.0, 0.0, pipe.vae_scale_factor)
-        latents = hasty_sample.ddim_sample(pipe.unet, pipe.scheduler.alphas_cumprod, timesteps, *embeds, *sizes)
-        hasty_sample.decode(pipe.vae, latents).cpu()
-        seconds.append(bench_sampling.clock(device) - start)
-    return seconds[1:]
+    start = bench_sampling.clock(device)
+    embeds = hasty_sample.encode_prompts(pipe, prompts, "", True)
+    generators = [torch.Generator().manual_seed(i) for i in range(batch_size)]
+    sizes = (generators, size, size, 5.0, 0.0, pipe.vae_scale_factor)
+    latents = hasty_sample.ddim_sample(pipe.unet, pipe.scheduler.alphas_cumprod, timesteps, *embeds, *sizes)
+    hasty_sample.decode(pipe.vae, latents).cpu()
+    return bench_sampling.clock(device) - start
 
 
 def time_processes(n: int, images: int) -> float:
@@ -160,12 +157,16 @@ def main() -> None:
         rows.append({"kind": kind, "x": x} | measured | common)
         print(f"{kind} {x}: {value:.4g} ({min(values):.4g} to {max(values):.4g})", flush=True)
 
-    for steps in s.steps:
-        add("steps", steps, time_sampling(pipe, steps, 1, own, s.rounds))
-    for batch_size in s.batch_sizes:
-        add("batch", batch_size, time_sampling(pipe, 10, batch_size, own, s.rounds))
-    for size in s.sizes or (own // 2, 3 * own // 4, own, 3 * own // 2, 2 * own):
-        add("resolution", size, time_sampling(pipe, 10, 1, size, s.rounds))
+    jobs = [("steps", n, (n, 1, own)) for n in s.steps] + [("batch", n, (10, n, own)) for n in s.batch_sizes]
+    sizes = s.sizes or (own // 2, 3 * own // 4, own, 3 * own // 2, 2 * own)
+    jobs += [("resolution", n, (10, 1, n)) for n in sizes]
+    # All take turns, so that a machine that changes its pace changes it for all.
+    seconds = {job: [] for job in jobs}
+    for _ in range(s.rounds + 1):
+        for job in jobs:
+            seconds[job].append(time_sampling(pipe, *job[2]))
+    for (kind, x, _), values in seconds.items():
+        add(kind, x, values[1:])
     if s.prompts:
         with contextlib.redirect_stderr(open(os.devnull, "w")):
             seen = watch_memory(pipe, s.prompts)
