@@ -391,7 +391,8 @@ def read_sums(root: Path) -> dict[str, dict[str, str]]:
         if line and not line.startswith("#"):
             checksum, _, path = line.partition("  ")
             name, _, file = path.partition("/")
-            if not is_sha256(checksum) or not file:
+            # A file outside is none of ours: what is listed here may be deleted when another revision is fetched.
+            if not is_sha256(checksum) or not file or file.startswith("/") or ".." in Path(path).parts:
                 raise DownloadError(f"{root / 'SHA256SUMS'}: {line[:80]!r} is no checksum; delete the file and fetch again")
             sums.setdefault(name, {})[file] = checksum
     return sums
@@ -467,7 +468,8 @@ def read_state(folder: Path) -> dict:
     the stream behind it. Empty where that cannot be read."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if all(x.keys() == {"pairs", "sha256", "position"} for x in state["files"].values()) and state["commit"]:
+        named = all(re.fullmatch(r"train-\d{5}\.parquet|test_unique\.parquet", file) for file in state["files"])
+        if named and state["commit"] and all(x.keys() == {"pairs", "sha256", "position"} for x in state["files"].values()):
             return state
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         pass

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from torch._dynamo.utils import counters
 
 import Ablation_experiment as ae
 import hasty_sample as hs
@@ -21,6 +22,7 @@ def captured(monkeypatch):
     """torch.compile without code generation; the modules that were compiled, with their options."""
     compiled, real = [], torch.nn.Module.compile
     torch.compiler.reset()
+    counters.clear()
 
     def compile(self, **options):
         compiled.append((type(self).__name__, options))
@@ -43,7 +45,8 @@ def test_compiled_images_are_the_same(run, captured):
     for i in range(5):
         a, b = (np.asarray(Image.open(f"{name}/{i:05d}.png")).astype(int) for name in ("plain", "fast"))
         assert np.abs(a - b).max() <= 2
-    # The last batch is smaller and runs as before.
+    # The last batch is smaller and runs as before, and so nothing is compiled for it.
+    assert counters["stats"]["unique_graphs"] == 1
     assert devices("fast") == ["cpu, compiled"] * 4 + ["cpu"] and devices("plain") == ["cpu"] * 5
     # A run goes on with what was made without it, and the other way round.
     code, out, _ = run("hasty_sample", *FLAGS, "--compile", "off", "--output-dir", "fast")

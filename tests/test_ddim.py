@@ -271,3 +271,17 @@ def test_keys_and_values_of_the_prompt_are_computed_once(demo_pipe, monkeypatch)
     assert torch.equal(sample(), once) and len(calls) == 4 * len(layers)
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize(("side", "calls"), [(16, [5]), (128, [1] * 5), (64, [4, 1])])
+def test_decoding_takes_the_area_of_one_sdxl_image_at_a_time(side, calls):
+    """More would need more memory than one image of 1024x1024 does."""
+    seen = []
+
+    def decode(z, return_dict):
+        seen.append(len(z))
+        return (z[:, :3] * 2,)
+
+    vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.5), dtype=torch.float32, decode=decode)
+    latents = torch.randn(5, 4, side, side)
+    assert torch.equal(hs.decode(vae, latents), latents[:, :3] * 4) and seen == calls

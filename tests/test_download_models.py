@@ -378,7 +378,8 @@ def test_check_needs_no_network(download, hub, tmp_path):
     code, out, err = download("--check", "--output-dir", "mödels of mine", PYTHONIOENCODING="ascii")
     assert code == 1 and "pickapic: not fetched whole" in out
     assert err.endswith("--only clip vae --dataset N --output-dir 'm\\xf6dels of mine'")
-    for content in (b"something else\n", b"\xff\xfe\x00"):
+    outside = [f"{'0' * 64}  {path}\n".encode() for path in ("vae/../../secret", "vae//etc/passwd")]
+    for content in (b"something else\n", b"\xff\xfe\x00", *outside):
         (tmp_path / "mödels of mine/SHA256SUMS").write_bytes(content)
         code, _, err = download("--check", "--output-dir", "mödels of mine")
         assert code == 1 and err.count("error:") == 1 and "delete" in err
