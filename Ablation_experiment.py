@@ -50,6 +50,7 @@ import tyro
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, find_executable_batch_size
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -608,7 +609,7 @@ class Given(torch.nn.Module):
 
     def __init__(self, output: torch.Tensor):
         super().__init__()
-        self.output = output
+        self.register_buffer("output", output, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.output
@@ -618,19 +619,27 @@ class Given(torch.nn.Module):
 @contextlib.contextmanager
 def text_projected_once(unet: UNet2DConditionModel, prompt_embeds: torch.Tensor):
     """Inside, cross-attention takes the keys and values of these prompts as computed here, once for all steps: they depend
-    on nothing else. A compiled UNet keeps its graph, where that costs little; so does one that changes the embeddings."""
-    layers = {}
-    plain = isinstance(unet, UNet2DConditionModel) and unet.encoder_hid_proj is None
-    if plain and unet._compiled_call_impl is None:
-        blocks = (m for m in unet.modules() if type(m).__name__ == "Attention" and m.is_cross_attention)
-        layers = {m: (m.to_k, m.to_v) for m in blocks if m.norm_cross is None and not m.fused_projections}
+    on nothing else. A compiled UNet finds them where those of the last batch of this size were, as CUDA graphs need."""
+    layers, known = [], {}
+    if isinstance(unet, UNet2DConditionModel) and unet.encoder_hid_proj is None:
+        if unet._compiled_call_impl is not None:
+            known = unet.__dict__.setdefault("known_projections", {}).setdefault(len(prompt_embeds), {})
+        for m in unet.modules():
+            if type(m).__name__ == "Attention" and m.is_cross_attention and m.norm_cross is None:
+                names = ("to_kv",) if isinstance(m.processor, FusedAttnProcessor2_0) else ("to_k", "to_v")
+                layers += [(m, name, getattr(m, name)) for name in names]
     try:
-        for m, (to_k, to_v) in layers.items():
-            m.to_k, m.to_v = Given(to_k(prompt_embeds)), Given(to_v(prompt_embeds))
+        for m, name, layer in layers:
+            output = layer(prompt_embeds)
+            if (m, name) in known:
+                known[m, name].output.copy_(output)
+            else:
+                known[m, name] = Given(output)
+            setattr(m, name, known[m, name])
         yield
     finally:
-        for m, (to_k, to_v) in layers.items():
-            m.to_k, m.to_v = to_k, to_v
+        for m, name, layer in layers:
+            setattr(m, name, layer)
 
 
 # Copied from hasty_sample.ddim_sample
@@ -695,23 +704,40 @@ def sample_latents(s: Settings, pipe, v: Variant, records: list[dict], on_step=l
     return ddim_sample(pipe.unet, alphas, timesteps, *embeds, *sizes, v.eta, factor, on_step)
 
 
+# Copied from hasty_sample.INDUCTOR
+INDUCTOR = {
+    "max_autotune": True,
+    "triton.cudagraphs": True,
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "conv_1x1_as_mm": True,
+    "epilogue_fusion": False,
+}
+
+
 # Copied from hasty_sample.compile_unet
 def compile_unet(pipe: StableDiffusionXLPipeline, warm_up, wanted: str) -> bool:
-    """torch.compile of the UNet, on a GPU of the VAE's decoder too, tried by warm_up(), a call on a full batch. What is
-    compiled stays in torch's own cache on the disk for later runs.
+    """torch.compile of the UNet, with its attention's projections fused and its images as channels_last, on a GPU of the
+    VAE's decoder too, tried by warm_up(), a call on a full batch. What is compiled stays in torch's own cache on the disk.
 
     Returns False, with a warning, where it fails (no compiler on the machine, say); UserError then if wanted is "on".
     """
-    parts = [pipe.unet] + [pipe.vae.decoder] * (pipe.unet.device.type == "cuda")
-    for part in parts:
-        part.compile(mode="max-autotune" if pipe.unet.device.type == "cuda" else None, fullgraph=True, dynamic=False)
+    cuda = pipe.unet.device.type == "cuda"
+    parts = [pipe.unet] + [pipe.vae.decoder] * cuda
     try:
+        if pipe.unet._compiled_call_impl is None:
+            pipe.unet.fuse_qkv_projections()
+        for part in parts:
+            part.to(memory_format=torch.channels_last)
+            part.compile(options=INDUCTOR if cuda else None, fullgraph=True, dynamic=False)
         warm_up()
         return True
     except torch.OutOfMemoryError:
         raise
     except Exception as e:
+        pipe.unet.unfuse_qkv_projections()
         for part in parts:
+            part.to(memory_format=torch.contiguous_format)
             part._compiled_call_impl = None
         if wanted == "on":
             raise UserError(f"--compile on: torch.compile fails here ({first_line(e)[:200]}); use --compile off") from e

@@ -8,7 +8,7 @@ The ways, all DDIM with guidance 5, from prompts to pictures in memory:
 
     pipeline    StableDiffusionXLPipeline as its documentation shows it (fp16 on a GPU, float32 on the CPU)
     recipe      the same with huggingface/diffusion-fast's lossless steps: bf16 on a GPU, fused QKV projections,
-                channels_last, torch.compile of UNet and VAE decoder
+                channels_last, torch.compile of UNet and VAE decoder with its options
     ours        hasty_sample.py's loop (in --dtype)
     compiled    the same with --compile on
 
@@ -174,9 +174,9 @@ class Ways:
         pipe.fuse_qkv_projections()
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
-        mode = "max-autotune" if self.device.type == "cuda" else None
-        pipe.unet = torch.compile(pipe.unet, mode=mode, fullgraph=True, dynamic=False)
-        pipe.vae.decode = torch.compile(pipe.vae.decode, mode=mode, fullgraph=True, dynamic=False)
+        options = hasty_sample.INDUCTOR if self.device.type == "cuda" else None
+        pipe.unet = torch.compile(pipe.unet, options=options, fullgraph=True, dynamic=False)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, options=options, fullgraph=True, dynamic=False)
 
     def call(self, way: str, steps: int, prompts: list[str], seed: int) -> list[Image.Image]:
         pipe = self.pipes[way]

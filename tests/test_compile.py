@@ -1,6 +1,7 @@
 """--compile: the same images, only full batches compiled, and no harm where torch.compile fails. Graphs are captured for
 real (fullgraph) but run as they are: making code for the whole UNet takes a minute. One test does that for a small one."""
 
+import contextlib
 import shutil
 
 import numpy as np
@@ -26,7 +27,7 @@ def captured(monkeypatch):
 
     def compile(self, **options):
         compiled.append((type(self).__name__, options))
-        real(self, backend="eager", **{k: v for k, v in options.items() if k != "mode"})
+        real(self, backend="eager", **{k: v for k, v in options.items() if k != "options"})
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     yield compiled
@@ -41,7 +42,7 @@ def test_compiled_images_are_the_same(run, captured):
     assert run("hasty_sample", *FLAGS, "--compile", "off", "--output-dir", "plain")[0] == 0 and not captured
     code, _, err = run("hasty_sample", *FLAGS, "--compile", "on", "--output-dir", "fast")
     assert code == 0 and "warning" not in err, err
-    assert captured == [("UNet2DConditionModel", {"mode": None, "fullgraph": True, "dynamic": False})]
+    assert captured == [("UNet2DConditionModel", {"options": None, "fullgraph": True, "dynamic": False})]
     for i in range(5):
         a, b = (np.asarray(Image.open(f"{name}/{i:05d}.png")).astype(int) for name in ("plain", "fast"))
         assert np.abs(a - b).max() <= 2
@@ -77,6 +78,11 @@ def test_where_compiling_fails(run, monkeypatch):
     code, _, err = run("hasty_sample", *FLAGS, "--output-dir", "auto")
     assert code == 0 and err.count("warning: torch.compile fails here (no C++ compiler); going on without") == 1
     assert devices("auto") == ["cpu"] * 5
+    # The UNet is what it was before: the same images to the last bit.
+    assert run("hasty_sample", *FLAGS, "--compile", "off", "--output-dir", "off")[0] == 0
+    for i in range(5):
+        a, b = (np.asarray(Image.open(f"{name}/{i:05d}.png")) for name in ("off", "auto"))
+        assert np.array_equal(a, b)
     assert run("hasty_sample", *FLAGS, "--compile", "fast")[0] == 2
 
 
@@ -107,35 +113,77 @@ def test_a_study_compiles_full_batches_of_each_variant(run, captured, monkeypatc
     assert np.abs(plain["pickscore"] - fast["pickscore"]).max() < 0.05
 
 
-@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")
-def test_generated_code_gives_the_same_latents(demo_pipe):
-    """torch's own code generator on a UNet of SDXL's kind with one block of each sort."""
+@pytest.fixture
+def small_unet(demo_pipe):
+    """A UNet of SDXL's kind with one block of each sort, random weights."""
     config = dict(demo_pipe.unet.config) | {"block_out_channels": [16, 32], "norm_num_groups": 8, "layers_per_block": 1}
     config |= {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "attention_head_dim": [1, 2]}
     config |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 1]}
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(config).eval()
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    generator = torch.Generator().manual_seed(1)
-    embeds = (
-        torch.randn(4, 77, config["cross_attention_dim"], generator=generator),
-        torch.randn(4, pooled, generator=generator),
-    )
+    return UNet2DConditionModel.from_config(config).eval()
 
-    def sample():
-        seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+
+def sampler(unet, demo_pipe):
+    """A function of a number of images and of a seed for prompts, gives latents of three steps."""
+    config = unet.config
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+
+    def sample(batch=2, prompts=1):
+        generator = torch.Generator().manual_seed(prompts)
+        text = torch.randn(2 * batch, 77, config["cross_attention_dim"], generator=generator)
+        embeds = text, torch.randn(2 * batch, pooled, generator=generator)
+        seeds = [torch.Generator().manual_seed(i) for i in range(batch)]
         return hs.ddim_sample(unet, demo_pipe.scheduler.alphas_cumprod, [900, 600, 300], *embeds, seeds, 64, 64, 5.0, 0.5)
 
-    plain = sample()
-    pipe = type("Pipe", (), {"unet": unet, "vae": demo_pipe.vae})()
+    return sample
+
+
+def close(a, b):
+    return (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="needs a C++ compiler")
+def test_generated_code_gives_the_same_latents(demo_pipe, small_unet):
+    """torch's own code generator."""
+    sample = sampler(small_unet, demo_pipe)
+    plain, other = sample(), sample(prompts=2)
+    pipe = type("Pipe", (), {"unet": small_unet, "vae": demo_pipe.vae})()
     calls = []
     assert hs.compile_unet(pipe, lambda: calls.append(sample()), "on")
     compiled = sample()
-    assert (plain - compiled).abs().max() < 1e-4 * plain.abs().max() and torch.equal(calls[0], compiled)
+    assert close(compiled, plain) and torch.equal(calls[0], compiled)
     assert not torch.equal(plain, compiled), "the compiled call was not used"
+    assert close(sample(prompts=2), other) and not close(other, plain)
     with hs.eager():
-        assert torch.equal(plain, sample())
+        assert close(sample(), plain)
     torch.compiler.reset()
+
+
+def test_a_compiled_unet_finds_the_text_of_each_batch_in_one_place(demo_pipe, small_unet, captured):
+    """CUDA graphs read from fixed addresses, and a batch of another size in between must not move or change them. One graph
+    serves all prompts, attention's projections are fused, and nothing of the text is computed within a step."""
+    sample = sampler(small_unet, demo_pipe)
+    plain = {(batch, prompts): sample(batch, prompts) for batch, prompts in ((2, 1), (2, 2), (1, 3))}
+    pipe = type("Pipe", (), {"unet": small_unet, "vae": demo_pipe.vae})()
+    assert hs.compile_unet(pipe, sample, "on")
+    addresses = set()
+    for batch, prompts in ((2, 1), (2, 2), (1, 3), (2, 1)):
+        with contextlib.nullcontext() if batch == 2 else hs.eager():
+            assert close(sample(batch, prompts), plain[batch, prompts])
+        known = small_unet.known_projections[4].values()
+        addresses.add(tuple(given.output.data_ptr() for given in known))
+    assert len(addresses) == 1 and counters["stats"]["unique_graphs"] == 1
+    blocks = [m for m in small_unet.modules() if type(m).__name__ == "Attention"]
+    assert blocks and all(m.fused_projections for m in blocks)
+    layers = [m.to_kv for m in blocks if m.is_cross_attention]
+    assert len(known) == len(layers) and not any(isinstance(layer, hs.Given) for layer in layers)
+    calls = []
+    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+    with hs.eager():
+        sample()
+    assert len(calls) == len(layers)
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.mark.gpu
