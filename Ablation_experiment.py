@@ -21,6 +21,7 @@ import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -603,6 +604,19 @@ def draw_noise(generators: list[torch.Generator], shape: tuple[int, ...], device
     return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=device.type == "cuda")
 
 
+# Copied from hasty_sample.guided_steps
+def guided_steps(
+    alphas_cumprod: torch.Tensor, timesteps: list[int], interval: tuple[float, float] | None = None
+) -> list[bool]:
+    """Which steps guide, those of a noise level low < sigma <= high (Kynkäänniemi et al. 2024, equation 6); None: all.
+
+    alphas_cumprod: alpha_bar of all training timesteps, (T,); sigma is sqrt(1 / alpha_bar - 1).
+    """
+    low, high = interval or (0, math.inf)
+    sigma = (1 / alphas_cumprod.double().cpu()[timesteps] - 1).sqrt()
+    return ((low < sigma) & (sigma <= high)).tolist()
+
+
 # Copied from hasty_sample.Given
 class Given(torch.nn.Module):
     """A layer whose output is known."""
@@ -657,39 +671,40 @@ def ddim_sample(
     eta: float = 0.0,
     vae_scale_factor: int = 8,
     on_step=lambda: None,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """Sample SDXL latents by DDIM (Song et al. 2021) with classifier-free guidance (Ho and Salimans 2022).
 
     prompt_embeds: (2B, 77, D) with the unconditional half first, or (B, 77, D) for no guidance. pooled_embeds: (2B, P)
     or (B, P). generators: one CPU generator for each of the B images. on_step: called once each step, on the host.
-    Returns float32 (B, 4, height / vae_scale_factor, width / vae_scale_factor). Nothing in the loop waits for the device.
+    guidance_interval: as for guided_steps. Returns float32 (B, 4, height / vae_scale_factor, width / vae_scale_factor).
+    Nothing in the loop waits for the device.
     """
     device, dtype, batch = prompt_embeds.device, prompt_embeds.dtype, len(generators)
     shape = (unet.config.in_channels, height // vae_scale_factor, width // vae_scale_factor)
-    guided = prompt_embeds.shape[0] == 2 * batch
+    guides = guided_steps(alphas_cumprod, timesteps, guidance_interval)
+    if prompt_embeds.shape[0] == batch:
+        guides = [False] * len(timesteps)
     coefficients = ddim_coefficients(alphas_cumprod, timesteps, eta).float().to(device)
     t = torch.tensor(timesteps, device=device)
     time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=dtype)
-    conditions = {"text_embeds": pooled_embeds, "time_ids": time_ids.expand(prompt_embeds.shape[0], -1)}
     x = draw_noise(generators, shape, device)
-    with text_projected_once(unet, prompt_embeds):
-        for i in range(len(timesteps)):
-            a, b, sigma = coefficients[i]
-            model_input = (torch.cat([x, x]) if guided else x).to(dtype)
-            e = unet(
-                model_input,
-                t[i],
-                encoder_hidden_states=prompt_embeds,
-                added_cond_kwargs=conditions,
-                return_dict=False,
-            )[0].float()
-            if guided:
-                e_uncond, e_cond = e.chunk(2)
-                e = e_uncond + guidance_scale * (e_cond - e_uncond)
-            x = a * x + b * e
-            if eta > 0:
-                x = x + sigma * draw_noise(generators, shape, device)
-            on_step()
+    for guided, steps in itertools.groupby(range(len(timesteps)), guides.__getitem__):
+        text, pooled = (y if guided else y[-batch:] for y in (prompt_embeds, pooled_embeds))
+        given = {"text_embeds": pooled, "time_ids": time_ids.expand(len(text), -1)}
+        given = {"encoder_hidden_states": text, "added_cond_kwargs": given, "return_dict": False}
+        with text_projected_once(unet, text):
+            for i in steps:
+                a, b, sigma = coefficients[i]
+                model_input = (torch.cat([x, x]) if guided else x).to(dtype)
+                e = unet(model_input, t[i], **given)[0].float()
+                if guided:
+                    e_uncond, e_cond = e.chunk(2)
+                    e = e_uncond + guidance_scale * (e_cond - e_uncond)
+                x = a * x + b * e
+                if eta > 0:
+                    x = x + sigma * draw_noise(generators, shape, device)
+                on_step()
     return x
 
 
@@ -802,6 +817,8 @@ def infotext(record: dict) -> str:
     lines = [record["prompt"]]
     if record.get("dpo_lora"):
         fields["Lora"] = json.dumps(record["dpo_lora"])
+    if record.get("guidance_interval"):
+        fields["Guidance interval"] = "{:g}-{:g}".format(*record["guidance_interval"])
     if record["negative_prompt"]:
         lines.append(f"Negative prompt: {record['negative_prompt']}")
     return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in fields.items())])
@@ -1106,7 +1123,7 @@ def load_hpsv2(s: Settings, device: torch.device, dtype: torch.dtype):
     @torch.inference_mode()
     def score(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         device = model.logit_scale.device
-        pixels = torch.stack([hpsv2_pixels(x, size) for x in images]).to(device, dtype)
+        pixels = torch.stack([hpsv2_pixels(x, size, device) for x in images]).to(dtype)
         unique = list(dict.fromkeys(prompts))
         if tokenize is not None:
             ids = tokenize(unique)
@@ -1127,9 +1144,9 @@ def load_hpsv2(s: Settings, device: torch.device, dtype: torch.dtype):
 
 
 # Copied from compare_quality.hpsv2_pixels
-def hpsv2_pixels(image: Image.Image, size: int) -> torch.Tensor:
-    """hpsv2's own preprocessing, which resizes the tensor, not the picture: float32 (3, size, size)."""
-    x = TF.to_dtype(TF.pil_to_tensor(image.convert("RGB")), torch.float32, scale=True)
+def hpsv2_pixels(image: Image.Image, size: int, device: torch.device) -> torch.Tensor:
+    """hpsv2's own preprocessing, which resizes the tensor, not the picture, here on the device: float32 (3, size, size)."""
+    x = TF.to_dtype(TF.pil_to_tensor(image.convert("RGB")).to(device), torch.float32, scale=True)
     x = TF.center_crop(TF.resize(x, [size], TF.InterpolationMode.BICUBIC, antialias=True), [size, size])
     return TF.normalize(x, list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD))
 

@@ -54,6 +54,24 @@ def test_compiled_images_are_the_same(run, captured):
     assert code == 0 and "5 of 5 images" in out
 
 
+def test_both_batches_of_a_guidance_interval_are_compiled_in_the_warm_up(run, captured, monkeypatch):
+    interval = (*FLAGS, "--guidance-interval", 0.28, 5.42)
+    assert run("hasty_sample", *interval, "--compile", "off", "--output-dir", "plain")[0] == 0
+    graphs, real = [], hs.compile_unet
+
+    def compile_unet(*arguments):
+        done = real(*arguments)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return done
+
+    monkeypatch.setattr(hs, "compile_unet", compile_unet)
+    assert run("hasty_sample", *interval, "--compile", "on", "--output-dir", "fast")[0] == 0
+    assert graphs == [2] and counters["stats"]["unique_graphs"] == 2
+    for i in range(5):
+        a, b = (np.asarray(Image.open(f"{name}/{i:05d}.png")).astype(int) for name in ("plain", "fast"))
+        assert np.abs(a - b).max() <= 2
+
+
 def test_auto_counts_the_calls_ahead(run, captured, monkeypatch):
     assert run("hasty_sample", *FLAGS, "--output-dir", "few")[0] == 0 and not captured
     monkeypatch.setattr(hs, "COMPILE_FROM", 2 * 4)

@@ -155,7 +155,7 @@ def stock_pipe():
     return pipe
 
 
-def our_latents(pipe, prompts, steps, eta, guidance, seeds, negative="", spacing="leading", size=(64, 64)):
+def our_latents(pipe, prompts, steps, eta, guidance, seeds, negative="", spacing="leading", size=(64, 64), interval=None):
     return hs.ddim_sample(
         pipe.unet,
         pipe.scheduler.alphas_cumprod,
@@ -166,6 +166,7 @@ def our_latents(pipe, prompts, steps, eta, guidance, seeds, negative="", spacing
         guidance,
         eta,
         pipe.vae_scale_factor,
+        guidance_interval=interval,
     )
 
 
@@ -201,6 +202,66 @@ def test_same_latents_at_another_shape(stock_pipe, demo_pipe):
     ).images
     ours = our_latents(demo_pipe, PROMPTS[:1], 20, 0.0, 5.0, [5], size=(48, 96))
     assert ours.shape == (1, 4, 12, 24) and (ours - theirs).abs().max() < 1e-4
+
+
+INTERVAL = (0.28, 5.42)
+
+
+def test_the_steps_that_guide_by_hand():
+    """SDXL's noise levels are 14.6 at t = 999 and 0.03 at t = 0 (Kynkäänniemi et al. 2024, section 3.1)."""
+    alpha_bar = alpha_bar_float64()
+    sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
+    assert sigma[999] == pytest.approx(14.61, abs=0.01) and sigma[0] == pytest.approx(0.03, abs=0.001)
+    taken = hs.guided_steps(torch.from_numpy(alpha_bar), list(range(999, -1, -1)), INTERVAL)
+    assert taken == [0.28 < x <= 5.42 for x in sigma[::-1]] and 0 < sum(taken) < 1000
+    # The upper end belongs to the interval, the lower one does not.
+    ends = hs.guided_steps(torch.tensor([1 / (1 + x * x) for x in (0.5, 1.0, 2.0)]).double(), [2, 1, 0], (0.5, 2.0))
+    assert ends == [True, True, False]
+    assert all(hs.guided_steps(torch.from_numpy(alpha_bar), [999, 500, 0]))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_same_latents_with_a_guidance_interval(stock_pipe, demo_pipe, eta):
+    """The stock pipeline with its guidance weight set step by step to w or to 1, which is no guidance, at full cost; ours
+    leaves the unconditional half out there."""
+    steps, rows = 20, []
+    guides = hs.guided_steps(demo_pipe.scheduler.alphas_cumprod, hs.ddim_timesteps(steps, "leading"), INTERVAL)
+    assert 5 < sum(guides) < 18 and not guides[0] and not guides[-1]
+
+    def weight(i):
+        stock_pipe._guidance_scale = 5.0 if guides[i] else 1 + 1e-12
+
+    def on_step_end(pipe, i, t, given):
+        if i + 1 < steps:
+            weight(i + 1)
+        return given
+
+    theirs = stock_pipe.__class__.prepare_extra_step_kwargs
+
+    def first(self, *arguments):
+        weight(0)
+        return theirs(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock_pipe.__class__, "prepare_extra_step_kwargs", first)
+        expected = stock_pipe(
+            PROMPTS,
+            num_inference_steps=steps,
+            eta=eta,
+            guidance_scale=5.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in (11, 12)],
+            output_type="latent",
+            callback_on_step_end=on_step_end,
+        ).images
+    hook = demo_pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    ours = our_latents(demo_pipe, PROMPTS, steps, eta, 5.0, (11, 12), interval=INTERVAL)
+    hook.remove()
+    assert (ours - expected).abs().max() < 1e-4 and rows == [4 if x else 2 for x in guides]
+    everywhere = our_latents(demo_pipe, PROMPTS, steps, eta, 5.0, (11, 12))
+    assert (ours - everywhere).abs().max() > 0.01
+    assert torch.equal(our_latents(demo_pipe, PROMPTS, steps, eta, 5.0, (11, 12), interval=(0.0, 100.0)), everywhere)
+    nowhere = our_latents(demo_pipe, PROMPTS, steps, eta, 5.0, (11, 12), interval=(50.0, 100.0))
+    assert torch.equal(nowhere, our_latents(demo_pipe, PROMPTS, steps, eta, 1.0, (11, 12)))
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])

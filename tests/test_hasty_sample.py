@@ -179,6 +179,23 @@ def test_other_settings_in_the_same_folder_are_an_error_until_overwritten(run):
     assert pd.read_csv("out/images.csv")["seed"].tolist() == [100, 101]
 
 
+def test_a_guidance_interval_is_a_setting_of_its_images(run):
+    flags = (*FAST, "--limit", 2, "--timestep-spacing", "trailing")
+    assert run("hasty_sample", *flags, "--output-dir", "plain")[0] == 0
+    interval = (*flags, "--guidance-interval", 0.28, 5.42)
+    code, _, err = run("hasty_sample", *interval, "--output-dir", "plain")
+    assert code == 2 and "guidance_interval None, this run has [0.28, 5.42]" in err
+    code, out, _ = run("hasty_sample", *interval, "--output-dir", "out")
+    assert code == 0 and "guidance in 3 of 4 steps" in out
+    assert (pixels("out/00000.png") != pixels("plain/00000.png")).any()
+    assert parse_infotext(Image.open("out/00000.png").info["parameters"])["Guidance interval"] == "0.28-5.42"
+    assert pd.read_csv("out/images.csv")["guidance_interval"].tolist() == ["[0.28, 5.42]"] * 2
+    assert "2 of 2 images" in run("hasty_sample", *interval, "--output-dir", "out")[1]
+    # Everywhere is guidance as before, to the last bit.
+    assert run("hasty_sample", *flags, "--guidance-interval", 0, 100, "--output-dir", "everywhere")[0] == 0
+    assert (pixels("everywhere/00001.png") == pixels("plain/00001.png")).all()
+
+
 def test_images_left_over_from_another_seed_go_with_overwrite(run):
     flags = (*FAST, "--output-dir", "out")
     assert run("hasty_sample", *flags, "--limit", 3)[0] == 0
@@ -304,6 +321,12 @@ BAD_INPUT = {
     "eta too large": (["--demo", "--eta", "1.5"], ["--eta 1.5"]),
     "eta no number": (["--demo", "--eta", "nan"], ["--eta nan"]),
     "guidance": (["--demo", "--guidance-scale", "inf"], ["--guidance-scale inf"]),
+    "interval": (["--demo", "--guidance-interval", "5", "0.3"], ["--guidance-interval 5.0 0.3", "lower one first"]),
+    "interval no number": (["--demo", "--guidance-interval", "0", "nan"], ["--guidance-interval 0.0 nan"]),
+    "interval, no guidance": (
+        ["--demo", "--guidance-interval", "0.3", "5", "--guidance-scale", "1"],
+        ["--guidance-interval", "--guidance-scale 1 switches guidance off"],
+    ),
     "height": (["--demo", "--height", "70"], ["--height 70", "multiple of 4", "72"]),
     "width": (["--demo", "--width", "-8"], ["--width -8"]),
     "dtype": (["--demo", "--dtype", "fp8"], ["--dtype 'fp8'", "bf16"]),
