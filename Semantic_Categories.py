@@ -751,6 +751,7 @@ def compile_unet(pipe: StableDiffusionXLPipeline, warm_up, wanted: str) -> bool:
     """
     cuda = pipe.unet.device.type == "cuda"
     parts = [pipe.unet] + [pipe.vae.decoder] * cuda
+    pipe.unet.__dict__.pop("known_projections", None)
     try:
         if pipe.unet._compiled_call_impl is None:
             pipe.unet.fuse_qkv_projections()
@@ -802,10 +803,11 @@ def encode_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str], negative
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Images of latents (B, 4, H, W): (B, 3, F H, F W), float32 in [-1, 1] or a little outside, NaN where the VAE
-    overflowed. To bound memory, only as many are decoded together as have the area of one SDXL image."""
+    overflowed. To bound memory, only as many are decoded together as have the area of one SDXL image. Each is copied, as a
+    compiled decoder on a GPU writes the next ones over it."""
     scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
     together = max(1, 128 * 128 // (latents.shape[-2] * latents.shape[-1]))
-    return torch.cat([vae.decode(z, return_dict=False)[0].float() for z in scaled.split(together)])
+    return torch.cat([vae.decode(z, return_dict=False)[0].to(torch.float32, copy=True) for z in scaled.split(together)])
 
 
 # -------------------------------------------------------------------------------------------------------------------- images

@@ -11,6 +11,7 @@ The ways, all DDIM with guidance 5, from prompts to pictures in memory:
                 channels_last, torch.compile of UNet and VAE decoder with its options
     ours        hasty_sample.py's loop (in --dtype)
     compiled    the same with --compile on
+    interval    ours with --guidance-interval 0.28 5.42 (not among the default ways, as its images differ)
 
 All ways take turns within one run, after a warm-up of each, the device synchronised; a row holds the median of the rounds
 and their range. Time does not depend on the weights, so random ones do. The floor is the number of operations (torch's
@@ -59,7 +60,7 @@ class Settings:
     rounds: int = 5
     """rounds of each way"""
     dtype: str = "auto"
-    """of ours and compiled: fp16, bf16, fp32; auto: fp16 on a GPU, fp32 on the CPU"""
+    """of ours, compiled and interval: fp16, bf16, fp32; auto: fp16 on a GPU, fp32 on the CPU"""
     csv: str = "benchmarks/sampling.csv"
     """where the rows go, after those that are there; beside it the plot of this run; empty: nowhere"""
 
@@ -93,6 +94,8 @@ TEXT_1 |= {"hidden_act": "quick_gelu", "projection_dim": 768}
 TEXT_2 |= {"hidden_act": "gelu", "projection_dim": 1280}
 SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 SCHEDULER |= {"clip_sample": False, "set_alpha_to_one": False}
+# Kynkäänniemi et al. 2024, figure 1 for SDXL.
+INTERVAL = (0.28, 5.42)
 
 
 def random_sdxl(device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
@@ -158,7 +161,7 @@ class Ways:
         self.s, self.device = s, device
         half = torch.float16 if device.type == "cuda" else torch.float32
         self.dtypes = {"pipeline": half, "recipe": torch.bfloat16 if device.type == "cuda" else half}
-        self.dtypes |= dict.fromkeys(("ours", "compiled"), hasty_sample.DTYPES.get(s.dtype, half))
+        self.dtypes |= dict.fromkeys(("ours", "compiled", "interval"), hasty_sample.DTYPES.get(s.dtype, half))
         self.pipes, self.model = {}, ""
         for way in s.ways:
             # Ways that change the model have one of their own; the others share one where their precision is the same.
@@ -178,19 +181,27 @@ class Ways:
         pipe.unet = torch.compile(pipe.unet, options=options, fullgraph=True, dynamic=False)
         pipe.vae.decode = torch.compile(pipe.vae.decode, options=options, fullgraph=True, dynamic=False)
 
+    def timesteps(self, way: str, steps: int) -> list[int]:
+        config = self.pipes[way].scheduler.config
+        return hasty_sample.ddim_timesteps(steps, "leading", config.num_train_timesteps, config.steps_offset)
+
+    def guided_share(self, way: str, steps: int) -> float:
+        """Operations of a way's steps as a share of those with guidance in all."""
+        alphas, interval = self.pipes[way].scheduler.alphas_cumprod, INTERVAL if way == "interval" else None
+        return (1 + np.mean(hasty_sample.guided_steps(alphas, self.timesteps(way, steps), interval))) / 2
+
     def call(self, way: str, steps: int, prompts: list[str], seed: int) -> list[Image.Image]:
         pipe = self.pipes[way]
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         if way in ("pipeline", "recipe"):
             return pipe(prompts, num_inference_steps=steps, guidance_scale=5.0, generator=generators).images
-        config = pipe.scheduler.config
-        timesteps = hasty_sample.ddim_timesteps(steps, "leading", config.num_train_timesteps, config.steps_offset)
+        timesteps, more = self.timesteps(way, steps), {"guidance_interval": INTERVAL} if way == "interval" else {}
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
         def sample(timesteps: list[int]) -> torch.Tensor:
             embeds = hasty_sample.encode_prompts(pipe, prompts, "", True)
             sizes = (generators, size, size, 5.0, 0.0, pipe.vae_scale_factor)
-            latents = hasty_sample.ddim_sample(pipe.unet, pipe.scheduler.alphas_cumprod, timesteps, *embeds, *sizes)
+            latents = hasty_sample.ddim_sample(pipe.unet, pipe.scheduler.alphas_cumprod, timesteps, *embeds, *sizes, **more)
             return hasty_sample.decode(pipe.vae, latents).cpu()
 
         if way == "compiled" and self.compiled_for != len(prompts):
@@ -269,7 +280,7 @@ def main() -> None:
                     seconds[way].append((clock(device) - start) / batch_size)
             for way in s.ways:
                 each, dtype = float(np.median(seconds[way])), ways.dtypes[way]
-                floor = (steps * step_flops / batch_size + decode_flops) / rates[dtype]
+                floor = (ways.guided_share(way, steps) * steps * step_flops / batch_size + decode_flops) / rates[dtype]
                 rows.append(
                     {
                         "date": datetime.date.today().isoformat(),

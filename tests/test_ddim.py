@@ -346,3 +346,15 @@ def test_decoding_takes_the_area_of_one_sdxl_image_at_a_time(side, calls):
     vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.5), dtype=torch.float32, decode=decode)
     latents = torch.randn(5, 4, side, side)
     assert torch.equal(hs.decode(vae, latents), latents[:, :3] * 4) and seen == calls
+
+
+def test_decoded_images_outlive_the_next_ones():
+    """A decoder compiled with CUDA graphs gives the same memory each time."""
+    memory = torch.zeros(1, 3, 128, 128)
+
+    def decode(z, return_dict):
+        return (memory.copy_(z[:, :3]),)
+
+    vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0), dtype=torch.float32, decode=decode)
+    latents = torch.randn(3, 4, 128, 128)
+    assert torch.equal(hs.decode(vae, latents), latents[:, :3])
