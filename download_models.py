@@ -134,7 +134,7 @@ class Settings:
     """where everything goes, a folder for each model"""
     all: bool = False
     """everything but Pick-a-Pic"""
-    only: tuple[Literal[(*SOURCES, "pickapic")], ...] = ()
+    only: tuple[Literal[(*SOURCES, "pickapic")], ...] | None = None
     """fetch (or, with --check, check) these only"""
     dataset: int | None = None
     """save the first N usable pairs of Pick-a-Pic v2 (a winner, pictures that can be read) as parquet, in its own columns"""
@@ -672,9 +672,11 @@ def run(s: Settings) -> int:
     command, DownloadError for everything else that can happen."""
     if s.dataset is not None and s.dataset < 1:
         raise UserError(f"--dataset {s.dataset}: use 1 or more")
+    if s.only == ():
+        raise UserError(f"--only: name what to fetch or check: {', '.join(SOURCES)}")
     if s.all and s.only:
         raise UserError("--all and --only: use one of them")
-    if "pickapic" in s.only and not s.check:
+    if "pickapic" in (s.only or ()) and not s.check:
         raise UserError("--only pickapic: fetch it with --dataset N")
     if not s.output_dir.strip():
         raise UserError("--output-dir is empty: give a folder")
@@ -685,7 +687,7 @@ def run(s: Settings) -> int:
     try:
         root = Path(s.output_dir).expanduser()
         if s.check:
-            check(root, s.only)
+            check(root, s.only or ())
             return 0
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".download.lock", timeout=0):

@@ -463,7 +463,15 @@ def test_two_runs_at_once(download, hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--only", "sdxl"), ("--all", "--only", "vae"), ("--dataset", 0), ("--output-dir", ""), ("--dataset", "x")]
+    "arguments",
+    [
+        ("--only", "sdxl"),
+        ("--only",),
+        ("--all", "--only", "vae"),
+        ("--dataset", 0),
+        ("--output-dir", ""),
+        ("--dataset", "x"),
+    ],
 )
 def test_wrong_commands(arguments, run):
     code, _, err = run("download_models", *arguments)
