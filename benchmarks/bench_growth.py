@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 import unittest.mock
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +27,6 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
-import tyro
 from accelerate import PartialState
 from matplotlib.figure import Figure
 
@@ -138,10 +136,7 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
-    warnings.simplefilter("ignore")
-    hasty_sample.quiet_libraries()
+def run(s: Settings) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     pipe, model = bench_sampling.load(bench_sampling.Settings(random_weights=s.random_weights), device, dtype)
@@ -181,14 +176,17 @@ def main() -> None:
         rates = [(96 - 24) / (time_processes(n, 96) - time_processes(n, 24)) for _ in range(min(s.rounds, 3))]
         add("processes", n, rates)
     table = pd.DataFrame(rows)
+    bench_sampling.append(rows, s.csv)
     if "steps" in set(table["kind"]):
         part = table[table["kind"] == "steps"]
         fit = scipy.stats.linregress(part["x"], part["value"])
         print(f"time = {fit.intercept:.4f} s + {fit.slope:.5f} s x steps, r^2 = {fit.rvalue**2:.5f}")
     if s.csv:
-        path = Path(s.csv)
-        table.to_csv(path, mode="a", index=False, header=not path.exists())
-        plot(table, path.with_suffix(".png"))
+        plot(table, Path(s.csv).with_suffix(".png"))
+
+
+def main() -> None:
+    bench_sampling.command(Settings, __doc__, run)
 
 
 if __name__ == "__main__":

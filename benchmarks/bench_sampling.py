@@ -27,14 +27,14 @@ import platform
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 import transformers
-import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from matplotlib.figure import Figure
 from PIL import Image
@@ -51,7 +51,12 @@ class Settings:
     """SDXL pipeline: a folder or a hub name; the demo model without a GPU"""
     random_weights: bool = False
     """SDXL at full size with random weights instead; needs no network"""
-    ways: tuple[str, ...] = ("pipeline", "recipe", "ours", "compiled")
+    ways: tuple[Literal["pipeline", "recipe", "ours", "compiled", "interval"], ...] = (
+        "pipeline",
+        "recipe",
+        "ours",
+        "compiled",
+    )
     """what takes turns"""
     steps: tuple[int, ...] = (20, 30, 50, 500)
     """DDIM steps"""
@@ -62,7 +67,7 @@ class Settings:
     dtype: str = "auto"
     """of ours, compiled and interval: fp16, bf16, fp32; auto: fp16 on a GPU, fp32 on the CPU"""
     csv: str = "benchmarks/sampling.csv"
-    """where the rows go, after those that are there; beside it the plot of this run; empty: nowhere"""
+    """where the rows go, after those that are there, as they come; beside it the plot of this run; empty: nowhere"""
 
 
 # The configurations of stabilityai/stable-diffusion-xl-base-1.0, as far as they differ from the classes' defaults.
@@ -249,69 +254,111 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
+def append(rows: list[dict], path: str) -> None:
+    """Add rows to a CSV, if there is a path."""
+    if path and rows:
+        pd.DataFrame(rows).to_csv(path, mode="a", index=False, header=not Path(path).exists())
+
+
+def command(settings, description: str, run) -> None:
+    """The settings from the command line, checked, and run(settings) with them; what a user can put right ends with one
+    line and exit code 2."""
+    s = hasty_sample.parse_settings(settings, description)
     warnings.simplefilter("ignore")
     hasty_sample.quiet_libraries()
+    try:
+        for name, value in asdict(s).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(x, int) and not isinstance(x, bool) and x < (name != "prompts") for x in numbers):
+                raise hasty_sample.UserError(f"--{name.replace('_', '-')} {value}: use positive numbers")
+        if s.csv and not Path(s.csv).parent.is_dir():
+            raise hasty_sample.UserError(f"--csv {s.csv}: no such folder; make it, or give another")
+        run(s)
+    except hasty_sample.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; rows that were done are kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def measure(s: Settings, ways: Ways, batch_size: int, rates: dict[torch.dtype, float]):
+    """Yields a row for each way, number of steps after number of steps."""
+    device = ways.device
+    prompts = [f"picture number {i} of a lighthouse above the sea" for i in range(batch_size)]
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")}
+    with hasty_sample.eager():
+        step_flops, decode_flops = count_flops(ways.pipes[s.ways[0]], batch_size)
+    first = {}
+    for way in s.ways:
+        try:
+            start = clock(device)
+            ways.call(way, min(s.steps), prompts, 0)
+            first[way] = clock(device) - start
+            ways.call(way, min(s.steps), prompts, 0)
+        except torch.OutOfMemoryError:
+            print(f"{way}: out of memory at batch {batch_size}, left out", flush=True)
+            first.pop(way, None)
+    for steps in s.steps:
+        seconds = {way: [] for way in first}
+        for r in tqdm(range(s.rounds), desc=f"{steps} steps, batch {batch_size}", leave=False):
+            for way in first:
+                start = clock(device)
+                ways.call(way, steps, prompts, r)
+                seconds[way].append((clock(device) - start) / batch_size)
+        for way in first:
+            each, dtype = float(np.median(seconds[way])), ways.dtypes[way]
+            floor = (ways.guided_share(way, steps) * steps * step_flops / batch_size + decode_flops) / rates[dtype]
+            yield (
+                {
+                    "date": datetime.date.today().isoformat(),
+                    "device": hasty_sample.device_name(device),
+                    "cores": os.cpu_count(),
+                    "model": ways.model,
+                    "way": way,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "steps": steps,
+                    "batch_size": batch_size,
+                    "rounds": s.rounds,
+                    "seconds_per_image": round(each, 4),
+                    "low": round(min(seconds[way]), 4),
+                    "high": round(max(seconds[way]), 4),
+                    "images_per_second": round(1 / each, 3),
+                    "times_pipeline": round(float(np.median(seconds.get("pipeline", [math.nan]))) / each, 3),
+                    "floor_seconds_per_image": round(floor, 4),
+                    "share_of_floor": round(floor / each, 3),
+                    "first_call_seconds": round(first[way], 1),
+                }
+                | versions
+                | {"python": platform.python_version()}
+            )
+            said = f"{way}: {each:.3f} s an image ({min(seconds[way]):.3f} to {max(seconds[way]):.3f})"
+            print(f"{steps} steps, batch {batch_size}, {said}, {floor / each:.0%} of the matrix rate", flush=True)
+
+
+def run(s: Settings) -> None:
+    if not (s.ways and s.steps and s.batch_sizes):
+        raise hasty_sample.UserError("--ways, --steps, --batch-sizes: name at least one of each")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         print("no GPU here: the ratios below are of overhead on the demo model, not of SDXL", flush=True)
     ways, rows = Ways(s, device), []
     rates = {dtype: matrix_rate(device, dtype) for dtype in set(ways.dtypes.values())}
     print("matrix rate: " + ", ".join(f"{r / 1e12:.3g} TFLOP/s in {str(d)[6:]}" for d, r in rates.items()), flush=True)
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")}
-    versions["python"] = platform.python_version()
     for batch_size in s.batch_sizes:
-        prompts = [f"picture number {i} of a lighthouse above the sea" for i in range(batch_size)]
-        with hasty_sample.eager():
-            step_flops, decode_flops = count_flops(ways.pipes[s.ways[0]], batch_size)
-        first = {}
-        for way in s.ways:
-            start = clock(device)
-            ways.call(way, min(s.steps), prompts, 0)
-            first[way] = clock(device) - start
-            ways.call(way, min(s.steps), prompts, 0)
-        for steps in s.steps:
-            seconds = {way: [] for way in s.ways}
-            for r in tqdm(range(s.rounds), desc=f"{steps} steps, batch {batch_size}", leave=False):
-                for way in s.ways:
-                    start = clock(device)
-                    ways.call(way, steps, prompts, r)
-                    seconds[way].append((clock(device) - start) / batch_size)
-            for way in s.ways:
-                each, dtype = float(np.median(seconds[way])), ways.dtypes[way]
-                floor = (ways.guided_share(way, steps) * steps * step_flops / batch_size + decode_flops) / rates[dtype]
-                rows.append(
-                    {
-                        "date": datetime.date.today().isoformat(),
-                        "device": hasty_sample.device_name(device),
-                        "cores": os.cpu_count(),
-                        "model": ways.model,
-                        "way": way,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "steps": steps,
-                        "batch_size": batch_size,
-                        "rounds": s.rounds,
-                        "seconds_per_image": round(each, 4),
-                        "low": round(min(seconds[way]), 4),
-                        "high": round(max(seconds[way]), 4),
-                        "images_per_second": round(1 / each, 3),
-                        "times_pipeline": round(float(np.median(seconds.get("pipeline", [math.nan]))) / each, 3),
-                        "floor_seconds_per_image": round(floor, 4),
-                        "share_of_floor": round(floor / each, 3),
-                        "first_call_seconds": round(first[way], 1),
-                    }
-                    | versions
-                )
-                said = f"{way}: {each:.3f} s an image ({min(seconds[way]):.3f} to {max(seconds[way]):.3f})"
-                print(f"{steps} steps, batch {batch_size}, {said}, {floor / each:.0%} of the matrix rate", flush=True)
-    table = pd.DataFrame(rows)
+        # What was compiled for another batch is of no more use and holds memory.
+        torch.compiler.reset()
+        for row in measure(s, ways, batch_size, rates):
+            rows.append(row)
+            append([row], s.csv)
     shown = ["steps", "batch_size", "way", "seconds_per_image", "low", "high", "times_pipeline", "share_of_floor"]
-    print("\n" + table[shown].to_markdown(index=False))
+    print("\n" + pd.DataFrame(rows)[shown].to_markdown(index=False))
     if s.csv:
-        path = Path(s.csv)
-        table.to_csv(path, mode="a", index=False, header=not path.exists())
-        plot(rows, path.with_suffix(".png"))
+        plot(rows, Path(s.csv).with_suffix(".png"))
+
+
+def main() -> None:
+    command(Settings, __doc__, run)
 
 
 if __name__ == "__main__":

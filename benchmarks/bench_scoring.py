@@ -19,16 +19,13 @@ import sys
 import tempfile
 import time
 import unittest.mock
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bench_sampling
 import numpy as np
 import open_clip
-import pandas as pd
 import torch
-import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -63,9 +60,7 @@ def load_package(checkpoint: Path):
     return lambda image, prompt: img_score.score(image, prompt, cp=str(checkpoint))[0]
 
 
-def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
-    warnings.simplefilter("ignore")
+def run(s: Settings) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     cuda = device.type == "cuda"
@@ -120,8 +115,11 @@ def main() -> None:
     row |= {p: importlib.metadata.version(p) for p in ("torch", "open_clip_torch", "hpsv2")}
     row["python"] = platform.python_version()
     print("\n".join(f"{k}: {v}" for k, v in row.items()))
-    if s.csv:
-        pd.DataFrame([row]).to_csv(s.csv, mode="a", index=False, header=not Path(s.csv).exists())
+    bench_sampling.append([row], s.csv)
+
+
+def main() -> None:
+    bench_sampling.command(Settings, __doc__, run)
 
 
 if __name__ == "__main__":

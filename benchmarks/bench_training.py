@@ -17,6 +17,7 @@ FlopCounterMode) over the rate of a large matrix product, measured in the same r
 """
 
 import datetime
+import gc
 import importlib.metadata
 import io
 import os
@@ -24,9 +25,9 @@ import platform
 import sys
 import tempfile
 import unittest.mock
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import accelerate
 import bench_sampling
@@ -34,7 +35,6 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-import tyro
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMScheduler
 from PIL import Image
@@ -50,7 +50,7 @@ import train_dipo
 class Settings:
     random_weights: bool = False
     """SDXL at full size with random weights; needs no network"""
-    ways: tuple[str, ...] = ("reference", "full", "lora")
+    ways: tuple[Literal["reference", "full", "lora"], ...] = ("reference", "full", "lora")
     """what takes turns"""
     train_batch_sizes: tuple[int, ...] = (1, 4)
     """pairs that train_dipo.py holds at once"""
@@ -174,10 +174,9 @@ def floor_flops(model: str) -> float:
         return 4 * forward + bench_sampling.flops_of(lambda: vae.encoder(pixels))
 
 
-def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
-    warnings.simplefilter("ignore")
-    hasty_sample.quiet_libraries()
+def run(s: Settings) -> None:
+    if s.steps < 2:
+        raise hasty_sample.UserError(f"--steps {s.steps}: use 2 or more, as the first is not counted")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type == "cpu":
@@ -193,24 +192,28 @@ def main() -> None:
         flops, rate = floor_flops(model), bench_sampling.matrix_rate(device, half)
         print(f"{flops / 1e12:.4g} TFLOP a pair, matrix rate {rate / 1e12:.3g} TFLOP/s", flush=True)
         make_pairs(folder / "train.parquet", 2 * s.effective_batch_size, 1024 if label != "demo" else 64)
-        kinds = [(w, b) for w in s.ways for b in ((1,) if w == "reference" else s.train_batch_sizes)]
+        kinds = [(w, b) for w in dict.fromkeys(s.ways) for b in ((1,) if w == "reference" else s.train_batch_sizes)]
         rates, peaks = {k: [] for k in kinds}, dict.fromkeys(kinds, float("nan"))
         for r in range(s.rounds):
             for way, batch_size in kinds:
+                gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats(device)
-                if way == "reference":
-                    got = reference_way(s, model, folder / "train.parquet", device)
-                else:
-                    out = folder / f"{way}-{batch_size}-{r}"
-                    rank = 64 if way == "lora" else 0
-                    got = our_way(s, model, folder / "train.parquet", out, batch_size, rank)
+                try:
+                    if way == "reference":
+                        got = reference_way(s, model, folder / "train.parquet", device)
+                    else:
+                        out, rank = folder / f"{way}-{batch_size}-{r}", 64 if way == "lora" else 0
+                        got = our_way(s, model, folder / "train.parquet", out, batch_size, rank)
+                except (torch.OutOfMemoryError, train_dipo.UserError) as e:
+                    print(f"{way}, batch {batch_size}: left out ({hasty_sample.first_line(e)})", flush=True)
+                    continue
                 rates[way, batch_size] += got[1:]
                 peaks[way, batch_size] = peak_gigabytes(device)
                 print(f"{way}, batch {batch_size}: {np.median(got[1:]):.3f} pairs a second", flush=True)
     rows = []
-    for (way, batch_size), values in rates.items():
+    for (way, batch_size), values in ((k, v) for k, v in rates.items() if v):
         each = float(np.median(values))
         rows.append(
             {
@@ -225,7 +228,7 @@ def main() -> None:
                 "pairs_per_second": round(each, 4),
                 "low": round(min(values), 4),
                 "high": round(max(values), 4),
-                "times_reference": round(each / float(np.median(rates.get(("reference", 1), [np.nan]))), 3),
+                "times_reference": round(each / float(np.median(rates.get(("reference", 1)) or [np.nan])), 3),
                 "peak_gigabytes": round(peaks[way, batch_size], 2),
                 "floor_pairs_per_second": round(rate / flops, 3),
                 "share_of_floor": round(each * flops / rate, 3),
@@ -237,9 +240,11 @@ def main() -> None:
     table = pd.DataFrame(rows)
     shown = ["way", "train_batch_size", "pairs_per_second", "low", "high", "times_reference", "peak_gigabytes"]
     print("\n" + table[[*shown, "share_of_floor"]].to_markdown(index=False))
-    if s.csv:
-        path = Path(s.csv)
-        table.to_csv(path, mode="a", index=False, header=not path.exists())
+    bench_sampling.append(rows, s.csv)
+
+
+def main() -> None:
+    bench_sampling.command(Settings, __doc__, run)
 
 
 if __name__ == "__main__":

@@ -59,3 +59,44 @@ def test_a_benchmark_runs(name, monkeypatch, tmp_path, capfd):
     if name != "bench_training":
         with Image.open("rows.png") as image:
             image.load()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--ways", "fast"), "'fast'"),
+        (("--steps", 0), "--steps (0,): use positive numbers"),
+        (("--rounds", 0), "--rounds 0: use positive numbers"),
+        (("--batch-sizes", "--csv", ""), "name at least one of each"),
+        (("--csv", "nowhere/rows.csv"), "--csv nowhere/rows.csv: no such folder"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(flags, said, monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench_sampling.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        bs.main()
+    err = capfd.readouterr().err
+    assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_a_way_that_does_not_fit_is_left_out_and_rows_are_kept(monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    real = bs.Ways.call
+
+    def call(self, way, steps, prompts, seed):
+        if way == "pipeline" and len(prompts) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if len(prompts) == 3:
+            raise KeyboardInterrupt
+        return real(self, way, steps, prompts, seed)
+
+    monkeypatch.setattr(bs.Ways, "call", call)
+    flags = ("--steps", 1, "--batch-sizes", 1, 2, 3, "--rounds", 1, "--ways", "pipeline", "ours", "--csv", "rows.csv")
+    monkeypatch.setattr(sys, "argv", ["bench_sampling.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        bs.main()
+    table = pd.read_csv("rows.csv")
+    assert list(zip(table["batch_size"], table["way"], strict=True)) == [(1, "pipeline"), (1, "ours"), (2, "ours")]
+    assert "pipeline: out of memory at batch 2, left out" in capfd.readouterr().out and stopped.value.code == 130
+    assert table["times_pipeline"].isna().tolist() == [False, False, True]
