@@ -746,7 +746,10 @@ def compile_unet(pipe: StableDiffusionXLPipeline, warm_up, wanted: str) -> bool:
         for part in parts:
             part.to(memory_format=torch.channels_last)
             part.compile(options=INDUCTOR if cuda else None, fullgraph=True, dynamic=False)
-        warm_up()
+        tqdm.write("compiling the UNet, which takes a minute or more the first time", file=sys.stderr)
+        # CUDA graphs are recorded in the second call.
+        for _ in range(2):
+            warm_up()
         return True
     except torch.OutOfMemoryError:
         raise
@@ -972,8 +975,12 @@ def sample_variant(
     def halve() -> int:
         nonlocal batch_size
         batch_size //= 2
+        # What was compiled for larger batches holds memory.
+        torch.compiler.reset()
         fast["size"] = batch_size
         if batch_size:
+            calls = v.steps * (len(left) // batch_size)
+            fast["on"] = fast["on"] and (s.compile == "on" or calls >= COMPILE_FROM)
             tqdm.write(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
         return batch_size
 
@@ -1513,7 +1520,7 @@ def start_run(s: Settings):
     # A process that is done early waits for the others longer than the ten minutes that NCCL would allow.
     state = PartialState(cpu=s.device == "cpu", timeout=timedelta(days=7))
     device = torch.device(s.device) if ":" in s.device else state.device
-    if device.type == "cuda":
+    if ":" in s.device:
         torch.cuda.set_device(device)
     dtype_name = s.dtype if s.dtype != "auto" else "fp32" if device.type == "cpu" else "fp16"
     try:
@@ -1641,7 +1648,9 @@ def parse_settings(cls, description: str):
             return tyro.cli(cls, description=description)
     except SystemExit:
         if said.getvalue():
-            print("error:", " ".join(re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split()), file=sys.stderr)
+            # Without the frame, bold type and the help that follows.
+            text = re.sub(r"\x1b\[[\d;]*m|\[/?bold\]|[\u2500-\u257f]", " ", said.getvalue())
+            print("error:", " ".join(text.split()).partition(" Argument helptext:")[0], file=sys.stderr)
         raise
 
 

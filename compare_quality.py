@@ -837,7 +837,10 @@ def compile_unet(pipe: StableDiffusionXLPipeline, warm_up, wanted: str) -> bool:
         for part in parts:
             part.to(memory_format=torch.channels_last)
             part.compile(options=INDUCTOR if cuda else None, fullgraph=True, dynamic=False)
-        warm_up()
+        tqdm.write("compiling the UNet, which takes a minute or more the first time", file=sys.stderr)
+        # CUDA graphs are recorded in the second call.
+        for _ in range(2):
+            warm_up()
         return True
     except torch.OutOfMemoryError:
         raise
@@ -1059,8 +1062,12 @@ def sample_variant(
     def halve() -> int:
         nonlocal batch_size
         batch_size //= 2
+        # What was compiled for larger batches holds memory.
+        torch.compiler.reset()
         fast["size"] = batch_size
         if batch_size:
+            calls = v.steps * (len(left) // batch_size)
+            fast["on"] = fast["on"] and (s.compile == "on" or calls >= COMPILE_FROM)
             tqdm.write(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
         return batch_size
 
@@ -1621,7 +1628,7 @@ def start_run(s: Settings):
     # A process that is done early waits for the others longer than the ten minutes that NCCL would allow.
     state = PartialState(cpu=s.device == "cpu", timeout=timedelta(days=7))
     device = torch.device(s.device) if ":" in s.device else state.device
-    if device.type == "cuda":
+    if ":" in s.device:
         torch.cuda.set_device(device)
     dtype_name = s.dtype if s.dtype != "auto" else "fp32" if device.type == "cpu" else "fp16"
     try:
@@ -1812,7 +1819,8 @@ def score_folders(s: Settings) -> None:
     for b, second in others:
         wins = [{"score": SCORES[k][0]} | score_wins(first, second, k) for k in SCORES if k in first]
         if wins[0]["n"]:
-            print_table(f"Wins of {a} over {b}, same prompts and seeds", wins_text(wins))
+            alike = "" if first["prompt"].is_unique else "; images of one prompt count as independent"
+            print_table(f"Wins of {a} over {b}, same prompts and seeds{alike}", wins_text(wins))
         else:
             print(f"\n{a} and {b} have no prompt and seed in common, so there is no win rate")
 
@@ -1830,7 +1838,9 @@ def parse_settings(cls, description: str):
             return tyro.cli(cls, description=description)
     except SystemExit:
         if said.getvalue():
-            print("error:", " ".join(re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split()), file=sys.stderr)
+            # Without the frame, bold type and the help that follows.
+            text = re.sub(r"\x1b\[[\d;]*m|\[/?bold\]|[\u2500-\u257f]", " ", said.getvalue())
+            print("error:", " ".join(text.split()).partition(" Argument helptext:")[0], file=sys.stderr)
         raise
 
 

@@ -712,7 +712,9 @@ def parse_settings(cls, description: str):
             return tyro.cli(cls, description=description)
     except SystemExit:
         if said.getvalue():
-            print("error:", " ".join(re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split()), file=sys.stderr)
+            # Without the frame, bold type and the help that follows.
+            text = re.sub(r"\x1b\[[\d;]*m|\[/?bold\]|[\u2500-\u257f]", " ", said.getvalue())
+            print("error:", " ".join(text.split()).partition(" Argument helptext:")[0], file=sys.stderr)
         raise
 
 

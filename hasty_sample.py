@@ -87,7 +87,7 @@ class Settings:
     """classifier-free guidance; 1 or less switches it off and halves the time"""
     guidance_interval: tuple[float, float] | None = None
     """guide only at noise levels sigma = sqrt(1 / alpha_bar - 1) above the first number and up to the second, which changes
-    the images; 0.28 5.42 is Kynkäänniemi et al. 2024's for SDXL. Steps outside take half the time"""
+    the images; 0.28 5.42 is Kynkäänniemi et al. 2024's for SDXL. Steps outside cost half the operations"""
     negative_prompt: str = ""
     """what to steer away from; empty: SDXL's own unconditional embeddings"""
     timestep_spacing: str = "leading"
@@ -102,8 +102,8 @@ class Settings:
     batch_size: int = 4
     """images sampled together; halved when the GPU's memory runs out"""
     compile: str = "auto"
-    """torch.compile of the UNet for full batches: on, off, or auto: where a process has 10,000 calls of it ahead (the break-
-    even was about 9,000 for the demo model on 2 CPU cores; not measured on GPUs)"""
+    """torch.compile of the UNet for full batches: on, off, or auto: where a process has 10,000 calls of it ahead (it paid
+    from about 9,000 on for the demo model, one image at a time, on 2 CPU cores; not measured on GPUs)"""
     dtype: str = "auto"
     """fp16, bf16, fp32, or auto: fp16 on a GPU, fp32 on the CPU"""
     device: str = "auto"
@@ -169,9 +169,9 @@ def check_settings(s: Settings) -> None:
         raise UserError(f"--eta {s.eta}: use 0 (DDIM, deterministic) to 1 (as random as DDPM)")
     if s.guidance_interval:
         low, high = s.guidance_interval
-        if not 0 <= low < high:
+        if not 0 <= low < high < math.inf:
             raise UserError(
-                f"--guidance-interval {low} {high}: use two noise levels, the lower one first, such as 0.28 5.42"
+                f"--guidance-interval {low} {high}: use two noise levels, the lower one first; SDXL's go from 0.03 to 14.6"
             )
         if s.guidance_scale <= 1:
             raise UserError(f"--guidance-interval: --guidance-scale {s.guidance_scale:g} switches guidance off; use above 1")
@@ -619,7 +619,10 @@ def compile_unet(pipe: StableDiffusionXLPipeline, warm_up, wanted: str) -> bool:
         for part in parts:
             part.to(memory_format=torch.channels_last)
             part.compile(options=INDUCTOR if cuda else None, fullgraph=True, dynamic=False)
-        warm_up()
+        tqdm.write("compiling the UNet, which takes a minute or more the first time", file=sys.stderr)
+        # CUDA graphs are recorded in the second call.
+        for _ in range(2):
+            warm_up()
         return True
     except torch.OutOfMemoryError:
         raise
@@ -832,6 +835,8 @@ def make_images(s: Settings) -> None:
     # A process that is done early waits for the others longer than the ten minutes that NCCL would allow.
     state = PartialState(cpu=s.device == "cpu", timeout=timedelta(days=7))
     device = torch.device(s.device) if ":" in s.device else state.device
+    if ":" in s.device:
+        torch.cuda.set_device(device)
     dtype_name = s.dtype if s.dtype != "auto" else "fp32" if device.type == "cpu" else "fp16"
     try:
         out = Path(s.output_dir).expanduser()
@@ -873,8 +878,7 @@ def fill_folder(
     kept = ("num_inference_steps", "eta", "guidance_scale", "negative_prompt", "timestep_spacing")
     kept += ("base_model", "dpo_unet", "vae") + (("dpo_lora",) if s.dpo_lora else ())
     common = {k: v for k, v in asdict(s).items() if k in kept} | {"height": height, "width": width, "dtype": dtype_name}
-    if s.guidance_interval:
-        common["guidance_interval"] = list(s.guidance_interval)
+    common["guidance_interval"] = s.guidance_interval and list(s.guidance_interval)
     common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae, s.dpo_lora)
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}
     wanted = {
@@ -915,7 +919,8 @@ def fill_folder(
                 print(f"warning: {few}, not near 999; use --timestep-spacing trailing for so few", file=sys.stderr)
             if s.guidance_interval:
                 guides = guided_steps(pipe.scheduler.alphas_cumprod, timesteps, s.guidance_interval)
-                print(f"guidance in {sum(guides)} of {len(guides)} steps")
+                none = "" if any(guides) else "; that is --guidance-scale 1"
+                print(f"guidance in {sum(guides)} of {len(guides)} steps{none}")
         with state.split_between_processes(todo) as share:
             seconds = sample_all(s, pipe, share, wanted, timesteps, height, width, versions)
     state.wait_for_everyone()
@@ -940,9 +945,12 @@ def sample_all(s, pipe, share, wanted, timesteps, height, width, versions) -> li
     bar = tqdm(total=len(left) * len(timesteps), unit="step", disable=not PartialState().is_local_main_process)
 
     def halve() -> int:
-        nonlocal batch_size
+        nonlocal batch_size, compiling
         batch_size //= 2
+        # What was compiled for larger batches holds memory.
+        torch.compiler.reset()
         if batch_size:
+            compiling = compiling and (s.compile == "on" or len(timesteps) * (len(left) // batch_size) >= COMPILE_FROM)
             tqdm.write(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
         return batch_size
 
@@ -1030,7 +1038,9 @@ def parse_settings(cls, description: str):
             return tyro.cli(cls, description=description)
     except SystemExit:
         if said.getvalue():
-            print("error:", " ".join(re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split()), file=sys.stderr)
+            # Without the frame, bold type and the help that follows.
+            text = re.sub(r"\x1b\[[\d;]*m|\[/?bold\]|[\u2500-\u257f]", " ", said.getvalue())
+            print("error:", " ".join(text.split()).partition(" Argument helptext:")[0], file=sys.stderr)
         raise
 
 

@@ -118,6 +118,29 @@ def test_after_out_of_memory_the_smaller_batch_is_compiled(run, captured, monkey
     assert devices("out") == ["cpu, compiled"] * 5
 
 
+def test_auto_compiles_a_smaller_batch_only_if_enough_is_left(run, captured, monkeypatch):
+    sample = hs.ddim_sample
+
+    def small_memory(*arguments):
+        if len(arguments[5]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sample(*arguments)
+
+    monkeypatch.setattr(hs, "ddim_sample", small_memory)
+    write = hs.tqdm.write
+    for enough, device in ((5 * 4, "cpu, compiled"), (5 * 4 + 1, "cpu")):
+        # Two full batches of two at first count 2 x 4 calls, five of one 5 x 4.
+        monkeypatch.setattr(hs, "COMPILE_FROM", 2 * 4)
+
+        def told(*arguments, enough=enough, **options):
+            hs.COMPILE_FROM = enough
+            write(*arguments, **options)
+
+        monkeypatch.setattr(hs.tqdm, "write", told)
+        assert run("hasty_sample", *FLAGS, "--output-dir", f"out{enough}")[0] == 0
+        assert devices(f"out{enough}") == [device] * 5
+
+
 def test_a_study_compiles_full_batches_of_each_variant(run, captured, monkeypatch):
     flags = ("--demo", "--limit", 1, "--batch-size", 2, "--num-inference-steps", 3, "--etas", 0, 1)
     assert run("Ablation_experiment", *flags, "--output-dir", "plain")[0] == 0 and not captured
@@ -169,7 +192,7 @@ def test_generated_code_gives_the_same_latents(demo_pipe, small_unet):
     calls = []
     assert hs.compile_unet(pipe, lambda: calls.append(sample()), "on")
     compiled = sample()
-    assert close(compiled, plain) and torch.equal(calls[0], compiled)
+    assert close(compiled, plain) and torch.equal(calls[0], compiled) and len(calls) == 2
     assert not torch.equal(plain, compiled), "the compiled call was not used"
     assert close(sample(prompts=2), other) and not close(other, plain)
     with hs.eager():

@@ -191,6 +191,13 @@ def test_a_guidance_interval_is_a_setting_of_its_images(run):
     assert parse_infotext(Image.open("out/00000.png").info["parameters"])["Guidance interval"] == "0.28-5.42"
     assert pd.read_csv("out/images.csv")["guidance_interval"].tolist() == ["[0.28, 5.42]"] * 2
     assert "2 of 2 images" in run("hasty_sample", *interval, "--output-dir", "out")[1]
+    for more in ((), ("--limit", 3)):
+        code, _, err = run("hasty_sample", *flags, *more, "--output-dir", "out")
+        assert code == 2 and "guidance_interval [0.28, 5.42], this run has None" in err
+    assert (
+        "0 of 4 steps; that is --guidance-scale 1"
+        in run("hasty_sample", *flags, "--guidance-interval", 0, 0.001, "--output-dir", "nowhere")[1]
+    )
     # Everywhere is guidance as before, to the last bit.
     assert run("hasty_sample", *flags, "--guidance-interval", 0, 100, "--output-dir", "everywhere")[0] == 0
     assert (pixels("everywhere/00001.png") == pixels("plain/00001.png")).all()
@@ -323,6 +330,8 @@ BAD_INPUT = {
     "guidance": (["--demo", "--guidance-scale", "inf"], ["--guidance-scale inf"]),
     "interval": (["--demo", "--guidance-interval", "5", "0.3"], ["--guidance-interval 5.0 0.3", "lower one first"]),
     "interval no number": (["--demo", "--guidance-interval", "0", "nan"], ["--guidance-interval 0.0 nan"]),
+    "interval infinite": (["--demo", "--guidance-interval", "0", "inf"], ["--guidance-interval 0.0 inf", "14.6"]),
+    "interval of one": (["--demo", "--guidance-interval", "3"], ["--guidance-interval", "expected argument count 2"]),
     "interval, no guidance": (
         ["--demo", "--guidance-interval", "0.3", "5", "--guidance-scale", "1"],
         ["--guidance-interval", "--guidance-scale 1 switches guidance off"],

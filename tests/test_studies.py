@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -440,6 +441,24 @@ def test_clipscore_gets_its_column(copy, run):
     shutil.rmtree(folder / "diffusion-dpo-4")
     code, _, err = run("compare_quality", *flags, "--score-only")
     assert code == 2 and "no images in compare_quality/diffusion-dpo-4, which the tables need" in err
+
+
+@pytest.mark.parametrize("script", ["hasty_sample", *TINY])
+@pytest.mark.parametrize(("device", "chosen"), [("auto", []), ("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_only_a_numbered_gpu_is_chosen(script, device, chosen, monkeypatch, run):
+    """One process alone has the device "cuda", without a number, which torch.cuda.set_device refuses."""
+    module, seen = importlib.import_module(script), []
+
+    def ready(*_, **__):
+        raise module.UserError("far enough")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(module, "PartialState", lambda **_: SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(module, "quiet_libraries", ready)
+    code, _, err = run(script, "--demo", "--device", device, "--output-dir", "out")
+    assert code == 2 and "far enough" in err and seen == chosen
 
 
 @pytest.mark.gpu
