@@ -141,15 +141,15 @@ def run(s: Settings) -> None:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     pipe, model = bench_sampling.load(bench_sampling.Settings(random_weights=s.random_weights), device, dtype)
     own = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    common = {"date": datetime.date.today().isoformat(), "device": hasty_sample.device_name(device), "cores": os.cpu_count()}
-    common |= {"model": model, "dtype": str(dtype).removeprefix("torch."), "rounds": s.rounds}
+    common = {"date": datetime.date.today().isoformat()} | bench_sampling.machine(device)
+    common |= {"model": model, "dtype": str(dtype).removeprefix("torch.")}
     common |= {p: importlib.metadata.version(p) for p in ("torch", "diffusers")} | {"python": platform.python_version()}
     rows = []
 
-    def add(kind: str, x: float, values: list[float]) -> None:
+    def add(kind: str, x: float, values: list[float], **other) -> None:
         value = float(np.median(values))
         measured = {"value": round(value, 4), "low": round(min(values), 4), "high": round(max(values), 4)}
-        rows.append({"kind": kind, "x": x} | measured | common)
+        rows.append({"kind": kind, "x": x} | measured | common | {"rounds": len(values)} | other)
         print(f"{kind} {x}: {value:.4g} ({min(values):.4g} to {max(values):.4g})", flush=True)
 
     jobs = [("steps", n, (n, 1, own)) for n in s.steps] + [("batch", n, (10, n, own)) for n in s.batch_sizes]
@@ -174,7 +174,7 @@ def run(s: Settings) -> None:
     for n in s.processes:
         # The difference of two lengths leaves out what happens once.
         rates = [(96 - 24) / (time_processes(n, 96) - time_processes(n, 24)) for _ in range(min(s.rounds, 3))]
-        add("processes", n, rates)
+        add("processes", n, rates, device="cpu", model="demo", dtype="float32")
     table = pd.DataFrame(rows)
     bench_sampling.append(rows, s.csv)
     if "steps" in set(table["kind"]):

@@ -13,10 +13,10 @@ The ways, all DDIM with guidance 5, from prompts to pictures in memory:
     compiled    the same with --compile on
     interval    ours with --guidance-interval 0.28 5.42 (not among the default ways, as its images differ)
 
-All ways take turns within one run, after a warm-up of each, the device synchronised; a row holds the median of the rounds
-and their range. Time does not depend on the weights, so random ones do. The floor is the number of operations (torch's
-FlopCounterMode, one UNet call and one decoding) over the rate of a large matrix product, measured in the same run. Without a
-GPU the ratios tell of overhead on the demo model, not of SDXL.
+All ways and numbers of steps take turns, batch size by batch size, after a warm-up of each, the device synchronised; a row
+holds the median of the rounds and their range. Time does not depend on the weights, so random ones do. The floor is the
+number of operations (torch's FlopCounterMode, one UNet call and one decoding) over the rate of a large matrix product,
+measured in the same rounds. Without a GPU the ratios tell of overhead on the demo model, not of SDXL.
 """
 
 import datetime
@@ -64,7 +64,7 @@ class Settings:
     """images sampled together"""
     rounds: int = 5
     """rounds of each way"""
-    dtype: str = "auto"
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """of ours, compiled and interval: fp16, bf16, fp32; auto: fp16 on a GPU, fp32 on the CPU"""
     csv: str = "benchmarks/sampling.csv"
     """where the rows go, after those that are there, as they come; beside it the plot of this run; empty: nowhere"""
@@ -151,6 +151,13 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         a @ b
         best = max(best, 2 * n**3 / (clock(device) - start))
     return best
+
+
+def machine(device: torch.device) -> dict:
+    """What a row says of the machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"device": hasty_sample.device_name(device), "cpu": cpu, "cores": os.cpu_count()}
 
 
 def clock(device: torch.device) -> float:
@@ -282,75 +289,76 @@ def command(settings, description: str, run) -> None:
         sys.exit(130)
 
 
-def measure(s: Settings, ways: Ways, batch_size: int, rates: dict[torch.dtype, float]):
-    """Yields a row for each way, number of steps after number of steps."""
-    device = ways.device
+def measure(s: Settings, ways: Ways, batch_size: int) -> list[dict]:
+    """A row for each way and number of steps, which all take turns."""
+    device, cases, first = ways.device, [], {}
     prompts = [f"picture number {i} of a lighthouse above the sea" for i in range(batch_size)]
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")}
     with hasty_sample.eager():
         step_flops, decode_flops = count_flops(ways.pipes[s.ways[0]], batch_size)
-    first = {}
     for way in s.ways:
         try:
             start = clock(device)
             ways.call(way, min(s.steps), prompts, 0)
             first[way] = clock(device) - start
             ways.call(way, min(s.steps), prompts, 0)
+            cases += [(steps, way) for steps in s.steps]
         except torch.OutOfMemoryError:
             print(f"{way}: out of memory at batch {batch_size}, left out", flush=True)
-            first.pop(way, None)
-    for steps in s.steps:
-        seconds = {way: [] for way in first}
-        for r in tqdm(range(s.rounds), desc=f"{steps} steps, batch {batch_size}", leave=False):
-            for way in first:
-                start = clock(device)
-                ways.call(way, steps, prompts, r)
-                seconds[way].append((clock(device) - start) / batch_size)
-        for way in first:
-            each, dtype = float(np.median(seconds[way])), ways.dtypes[way]
-            floor = (ways.guided_share(way, steps) * steps * step_flops / batch_size + decode_flops) / rates[dtype]
-            yield (
-                {
-                    "date": datetime.date.today().isoformat(),
-                    "device": hasty_sample.device_name(device),
-                    "cores": os.cpu_count(),
-                    "model": ways.model,
-                    "way": way,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "steps": steps,
-                    "batch_size": batch_size,
-                    "rounds": s.rounds,
-                    "seconds_per_image": round(each, 4),
-                    "low": round(min(seconds[way]), 4),
-                    "high": round(max(seconds[way]), 4),
-                    "images_per_second": round(1 / each, 3),
-                    "times_pipeline": round(float(np.median(seconds.get("pipeline", [math.nan]))) / each, 3),
-                    "floor_seconds_per_image": round(floor, 4),
-                    "share_of_floor": round(floor / each, 3),
-                    "first_call_seconds": round(first[way], 1),
-                }
-                | versions
-                | {"python": platform.python_version()}
-            )
-            said = f"{way}: {each:.3f} s an image ({min(seconds[way]):.3f} to {max(seconds[way]):.3f})"
-            print(f"{steps} steps, batch {batch_size}, {said}, {floor / each:.0%} of the matrix rate", flush=True)
+    seconds, rates = {case: [] for case in cases}, {ways.dtypes[way]: [] for _, way in cases}
+    for r in tqdm(range(s.rounds), desc=f"batch {batch_size}", leave=False):
+        for dtype in rates:
+            rates[dtype].append(matrix_rate(device, dtype))
+        for steps, way in cases:
+            start = clock(device)
+            ways.call(way, steps, prompts, r)
+            seconds[steps, way].append((clock(device) - start) / batch_size)
+    rows = []
+    for steps, way in sorted(cases, key=lambda case: case[0]):
+        values, dtype = seconds[steps, way], ways.dtypes[way]
+        each, rate = float(np.median(values)), float(np.median(rates[dtype]))
+        floor = (ways.guided_share(way, steps) * steps * step_flops / batch_size + decode_flops) / rate
+        rows.append(
+            {"date": datetime.date.today().isoformat()}
+            | machine(device)
+            | {
+                "model": ways.model,
+                "way": way,
+                "dtype": str(dtype).removeprefix("torch."),
+                "steps": steps,
+                "batch_size": batch_size,
+                "rounds": s.rounds,
+                "seconds_per_image": round(each, 4),
+                "low": round(min(values), 4),
+                "high": round(max(values), 4),
+                "images_per_second": round(1 / each, 3),
+                "times_pipeline": round(float(np.median(seconds.get((steps, "pipeline"), [math.nan]))) / each, 3),
+                "matrix_tflops": round(rate / 1e12, 3),
+                "floor_seconds_per_image": round(floor, 4),
+                "share_of_floor": round(floor / each, 3),
+                "first_call_seconds": round(first[way], 1),
+            }
+            | {p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")}
+            | {"python": platform.python_version()}
+        )
+        said = f"{way}: {each:.3f} s an image ({min(values):.3f} to {max(values):.3f})"
+        print(f"{steps} steps, batch {batch_size}, {said}, {floor / each:.0%} of the matrix rate", flush=True)
+    return rows
 
 
 def run(s: Settings) -> None:
     if not (s.ways and s.steps and s.batch_sizes):
         raise hasty_sample.UserError("--ways, --steps, --batch-sizes: name at least one of each")
+    if max(s.steps) > 1000:
+        raise hasty_sample.UserError(f"--steps {max(s.steps)}: use 1 to 1000")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        print("no GPU here: the ratios below are of overhead on the demo model, not of SDXL", flush=True)
     ways, rows = Ways(s, device), []
-    rates = {dtype: matrix_rate(device, dtype) for dtype in set(ways.dtypes.values())}
-    print("matrix rate: " + ", ".join(f"{r / 1e12:.3g} TFLOP/s in {str(d)[6:]}" for d, r in rates.items()), flush=True)
+    if ways.model == "demo":
+        print("no GPU here: the ratios below are of overhead on the demo model, not of SDXL", flush=True)
     for batch_size in s.batch_sizes:
         # What was compiled for another batch is of no more use and holds memory.
         torch.compiler.reset()
-        for row in measure(s, ways, batch_size, rates):
-            rows.append(row)
-            append([row], s.csv)
+        rows += (new := measure(s, ways, batch_size))
+        append(new, s.csv)
     shown = ["steps", "batch_size", "way", "seconds_per_image", "low", "high", "times_pipeline", "share_of_floor"]
     print("\n" + pd.DataFrame(rows)[shown].to_markdown(index=False))
     if s.csv:

@@ -102,7 +102,7 @@ def run(s: Settings) -> None:
                 scores[way] = way()
                 seconds[way].append((time.perf_counter() - start) / len(scores[way]))
                 print(f"{way.__name__}: {seconds[way][-1]:.4f} s an image", flush=True)
-    row = {"date": datetime.date.today().isoformat(), "device": compare_quality.device_name(device), "cores": os.cpu_count()}
+    row = {"date": datetime.date.today().isoformat()} | bench_sampling.machine(device)
     row |= {"images": s.images, "rounds": s.rounds, "batch_size": s.batch_size, "dtype": str(dtype).removeprefix("torch.")}
     row |= {f"{way.__name__}_seconds_per_image": round(float(np.median(v)), 4) for way, v in seconds.items()}
     row["images_per_second"] = round(1 / float(np.median(seconds[batched])), 3)

@@ -20,7 +20,6 @@ import datetime
 import gc
 import importlib.metadata
 import io
-import os
 import platform
 import sys
 import tempfile
@@ -218,8 +217,7 @@ def run(s: Settings) -> None:
         rows.append(
             {
                 "date": datetime.date.today().isoformat(),
-                "device": hasty_sample.device_name(device),
-                "cores": os.cpu_count(),
+                **bench_sampling.machine(device),
                 "model": label,
                 "way": way,
                 "train_batch_size": batch_size,
