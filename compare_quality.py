@@ -1066,8 +1066,6 @@ def sample_variant(
         torch.compiler.reset()
         fast["size"] = batch_size
         if batch_size:
-            calls = v.steps * (len(left) // batch_size)
-            fast["on"] = fast["on"] and (s.compile == "on" or calls >= COMPILE_FROM)
             tqdm.write(f"out of memory: going on with batches of {batch_size}", file=sys.stderr)
         return batch_size
 

@@ -14,9 +14,10 @@ The ways, all DDIM with guidance 5, from prompts to pictures in memory:
     interval    ours with --guidance-interval 0.28 5.42 (not among the default ways, as its images differ)
 
 All ways and numbers of steps take turns, batch size by batch size, after a warm-up of each, the device synchronised; a row
-holds the median of the rounds and their range. Time does not depend on the weights, so random ones do. The floor is the
-number of operations (torch's FlopCounterMode, one UNet call and one decoding) over the rate of a large matrix product,
-measured in the same rounds. Without a GPU the ratios tell of overhead on the demo model, not of SDXL.
+holds the median of the rounds, their range, and the median of the rounds' ratios to the pipeline. Time does not depend on
+the weights, so random ones do. The floor is the number of operations (torch's FlopCounterMode, one UNet call and one
+decoding) over the rate of a large matrix product, measured in the same rounds. Without a GPU the ratios tell of overhead on
+the demo model, not of SDXL.
 """
 
 import datetime
@@ -304,6 +305,7 @@ def measure(s: Settings, ways: Ways, batch_size: int) -> list[dict]:
             cases += [(steps, way) for steps in s.steps]
         except torch.OutOfMemoryError:
             print(f"{way}: out of memory at batch {batch_size}, left out", flush=True)
+    cases.sort(key=lambda case: case[0])
     seconds, rates = {case: [] for case in cases}, {ways.dtypes[way]: [] for _, way in cases}
     for r in tqdm(range(s.rounds), desc=f"batch {batch_size}", leave=False):
         for dtype in rates:
@@ -313,8 +315,9 @@ def measure(s: Settings, ways: Ways, batch_size: int) -> list[dict]:
             ways.call(way, steps, prompts, r)
             seconds[steps, way].append((clock(device) - start) / batch_size)
     rows = []
-    for steps, way in sorted(cases, key=lambda case: case[0]):
+    for steps, way in cases:
         values, dtype = seconds[steps, way], ways.dtypes[way]
+        ratios = np.divide(seconds.get((steps, "pipeline"), math.nan), values)
         each, rate = float(np.median(values)), float(np.median(rates[dtype]))
         floor = (ways.guided_share(way, steps) * steps * step_flops / batch_size + decode_flops) / rate
         rows.append(
@@ -331,7 +334,7 @@ def measure(s: Settings, ways: Ways, batch_size: int) -> list[dict]:
                 "low": round(min(values), 4),
                 "high": round(max(values), 4),
                 "images_per_second": round(1 / each, 3),
-                "times_pipeline": round(float(np.median(seconds.get((steps, "pipeline"), [math.nan]))) / each, 3),
+                "times_pipeline": round(float(np.median(ratios)), 3),
                 "matrix_tflops": round(rate / 1e12, 3),
                 "floor_seconds_per_image": round(floor, 4),
                 "share_of_floor": round(floor / each, 3),
