@@ -3,7 +3,8 @@
     python benchmarks/bench_growth.py                    # SDXL on a GPU; without one, the demo model
     python benchmarks/bench_growth.py --random-weights   # SDXL at full size from its configuration alone
 
-Each time is the median of rounds in which all take turns, after a warm-up, the device synchronised. Time over steps is
+All take turns in rounds, after a warm-up, the device synchronised; a row holds the median and the range. The plot shows the
+fastest rounds, as whatever else a machine does only adds to them, with bars to the slowest. The fastest over steps are
 fitted by a straight line: its intercept is what an image costs besides the steps (text, decoding), its slope a step. Memory
 is that of the host's process while hasty_sample.py samples 10,000 prompts at one step and half the size with every image
 thrown away; the first 1,000 fill caches.
@@ -29,6 +30,7 @@ import scipy.stats
 import torch
 from accelerate import PartialState
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import hasty_sample
 
@@ -121,12 +123,12 @@ def plot(table: pd.DataFrame, path: Path) -> None:
             axis.plot(part["x"], part["value"])
             axis.set(ylabel="resident memory, MB", ylim=(0, 1.25 * part["value"].max()))
         else:
-            axis.errorbar(
-                part["x"], part["value"], yerr=[part["value"] - part["low"], part["high"] - part["value"]], fmt="o"
-            )
+            best = part["high"] if kind == "processes" else part["low"]
+            axis.errorbar(part["x"], best, yerr=[best - part["low"], part["high"] - best], fmt="o", elinewidth=1)
             axis.set(ylabel="images per second" if kind == "processes" else "seconds", ylim=(0, None), xlim=(0, None))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if kind == "steps":
-            fit = scipy.stats.linregress(part["x"], part["value"])
+            fit = scipy.stats.linregress(part["x"], part["low"])
             x = np.array([0, part["x"].max()])
             axis.plot(x, fit.intercept + fit.slope * x, color="grey", lw=1)
             axis.set_title(f"{1000 * fit.intercept:.0f} ms + {1000 * fit.slope:.1f} ms per step", fontsize=10)
@@ -179,7 +181,7 @@ def run(s: Settings) -> None:
     bench_sampling.append(rows, s.csv)
     if "steps" in set(table["kind"]):
         part = table[table["kind"] == "steps"]
-        fit = scipy.stats.linregress(part["x"], part["value"])
+        fit = scipy.stats.linregress(part["x"], part["low"])
         print(f"time = {fit.intercept:.4f} s + {fit.slope:.5f} s x steps, r^2 = {fit.rvalue**2:.5f}")
     if s.csv:
         plot(table, Path(s.csv).with_suffix(".png"))
