@@ -55,7 +55,8 @@ def test_compiled_images_are_the_same(run, captured):
 
 
 def test_both_batches_of_a_guidance_interval_are_compiled_in_the_warm_up(run, captured, monkeypatch):
-    interval = (*FLAGS, "--guidance-interval", 0.28, 5.42)
+    # The last step alone guides.
+    interval = (*FLAGS, "--guidance-interval", 0, 1)
     assert run("hasty_sample", *interval, "--compile", "off", "--output-dir", "plain")[0] == 0
     graphs, real = [], hs.compile_unet
 
@@ -198,6 +199,21 @@ def test_generated_code_gives_the_same_latents(demo_pipe, small_unet):
     with hs.eager():
         assert close(sample(), plain)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("wanted", ["auto", "on"])
+def test_a_unet_that_cannot_be_compiled_is_as_before(demo_pipe, small_unet, captured, wanted):
+    sample = sampler(small_unet, demo_pipe)
+    before, processors = sample(), small_unet.attn_processors
+    pipe = type("Pipe", (), {"unet": small_unet, "vae": demo_pipe.vae})()
+
+    def fails():
+        raise RuntimeError("no C++ compiler")
+
+    with pytest.raises(hs.UserError, match="no C.. compiler") if wanted == "on" else contextlib.nullcontext():
+        assert not hs.compile_unet(pipe, fails, wanted)
+    assert small_unet._compiled_call_impl is None and small_unet.attn_processors == processors
+    assert small_unet.conv_in.weight.is_contiguous() and torch.equal(sample(), before)
 
 
 def test_a_compiled_unet_finds_the_text_of_each_batch_in_one_place(demo_pipe, small_unet, captured):

@@ -215,7 +215,7 @@ def test_the_steps_that_guide_by_hand():
     taken = hs.guided_steps(torch.from_numpy(alpha_bar), list(range(999, -1, -1)), INTERVAL)
     assert taken == [0.28 < x <= 5.42 for x in sigma[::-1]] and 0 < sum(taken) < 1000
     # The upper end belongs to the interval, the lower one does not.
-    ends = hs.guided_steps(torch.tensor([1 / (1 + x * x) for x in (0.5, 1.0, 2.0)]).double(), [2, 1, 0], (0.5, 2.0))
+    ends = hs.guided_steps(torch.tensor([0.8, 0.5, 0.2], dtype=torch.float64), [2, 1, 0], (0.5, 2.0))
     assert ends == [True, True, False]
     assert all(hs.guided_steps(torch.from_numpy(alpha_bar), [999, 500, 0]))
 
