@@ -210,7 +210,7 @@ def test_a_unet_that_cannot_be_compiled_is_as_before(demo_pipe, small_unet, capt
     def fails():
         raise RuntimeError("no C++ compiler")
 
-    with pytest.raises(hs.UserError, match="no C.. compiler") if wanted == "on" else contextlib.nullcontext():
+    with pytest.raises(hs.UserError, match="no C") if wanted == "on" else contextlib.nullcontext():
         assert not hs.compile_unet(pipe, fails, wanted)
     assert small_unet._compiled_call_impl is None and small_unet.attn_processors == processors
     assert small_unet.conv_in.weight.is_contiguous() and torch.equal(sample(), before)
