@@ -36,7 +36,7 @@ def test_random_sdxl_is_sdxl():
 TINY = {
     "bench_sampling": ("--steps", 2, "--batch-sizes", 1, 2, "--rounds", 1, "--ways", "pipeline", "ours", "interval"),
     "bench_growth": (
-        *("--steps", 1, 2, 3, "--batch-sizes", 1, "--sizes", 32, "--rounds", 1, "--prompts", 1000, "--processes"),
+        *("--steps", 1, 2, 3, "--batch-sizes", 1, "--sizes", 32, "--rounds", 1, "--prompts", 500, "--processes"),
     ),
     "bench_training": ("--train-batch-sizes", 2, "--effective-batch-size", 2, "--steps", 2, "--rounds", 1),
 }
@@ -51,7 +51,7 @@ def test_a_benchmark_runs(name, monkeypatch, tmp_path, capfd):
         module.main()
     table = pd.read_csv("rows.csv")
     assert set(table["device"]) == {"cpu"} and set(table["model"]) == {"demo"}
-    assert len(table) == 2 * {"bench_sampling": 6, "bench_growth": 3 + 1 + 1 + 2, "bench_training": 3}[name]
+    assert len(table) == 2 * {"bench_sampling": 6, "bench_growth": 3 + 1 + 1 + 1, "bench_training": 3}[name]
     column = {"bench_sampling": "seconds_per_image", "bench_growth": "value", "bench_training": "pairs_per_second"}[name]
     assert (table[column] > 0).all() and table["torch"].notna().all()
     if name != "bench_growth":
