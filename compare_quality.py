@@ -131,7 +131,7 @@ class Settings:
     eta: float = 0.0
     """DIPO's share of the ancestral noise, 0 to 1; Diffusion-DPO's is 1"""
     guidance_scale: float = 5.0
-    """classifier-free guidance; 1 or less switches it off and halves the time"""
+    """classifier-free guidance; 1 or less switches it off, for half the operations"""
     timestep_spacing: str = "leading"
     """leading (SDXL's own), trailing or linspace"""
     seed: int = 0
@@ -837,7 +837,7 @@ def compile_unet(pipe: StableDiffusionXLPipeline, warm_up, wanted: str) -> bool:
         for part in parts:
             part.to(memory_format=torch.channels_last)
             part.compile(options=INDUCTOR if cuda else None, fullgraph=True, dynamic=False)
-        tqdm.write("compiling the UNet, which takes a minute or more the first time", file=sys.stderr)
+        tqdm.write("compiling the UNet, which takes longest the first time", file=sys.stderr)
         # CUDA graphs are recorded in the second call.
         for _ in range(2):
             warm_up()

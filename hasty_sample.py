@@ -84,7 +84,7 @@ class Settings:
     eta: float = 0.0
     """share of the ancestral noise, 0 (DDIM) to 1 (DDPM on the same timesteps)"""
     guidance_scale: float = 5.0
-    """classifier-free guidance; 1 or less switches it off and halves the time"""
+    """classifier-free guidance; 1 or less switches it off, for half the operations"""
     guidance_interval: tuple[float, float] | None = None
     """guide only at noise levels sigma = sqrt(1 / alpha_bar - 1) above the first number and up to the second, which changes
     the images; 0.28 5.42 is Kynkäänniemi et al. 2024's for SDXL. Steps outside cost half the operations"""
@@ -619,7 +619,7 @@ def compile_unet(pipe: StableDiffusionXLPipeline, warm_up, wanted: str) -> bool:
         for part in parts:
             part.to(memory_format=torch.channels_last)
             part.compile(options=INDUCTOR if cuda else None, fullgraph=True, dynamic=False)
-        tqdm.write("compiling the UNet, which takes a minute or more the first time", file=sys.stderr)
+        tqdm.write("compiling the UNet, which takes longest the first time", file=sys.stderr)
         # CUDA graphs are recorded in the second call.
         for _ in range(2):
             warm_up()
