@@ -276,8 +276,9 @@ def command(settings, description: str, run) -> None:
     hasty_sample.quiet_libraries()
     try:
         for name, value in asdict(s).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(x, int) and not isinstance(x, bool) and x < (name != "prompts") for x in numbers):
+            numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if type(x) is int]
+            # No prompts means that memory is not watched.
+            if numbers and min(numbers) < (0 if name == "prompts" else 1):
                 raise hasty_sample.UserError(f"--{name.replace('_', '-')} {value}: use positive numbers")
         if s.csv and not Path(s.csv).parent.is_dir():
             raise hasty_sample.UserError(f"--csv {s.csv}: no such folder; make it, or give another")
