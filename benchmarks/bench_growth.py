@@ -10,29 +10,30 @@ is that of the host's process while hasty_sample.py samples 10,000 prompts at on
 thrown away; the first 1,000 fill caches.
 """
 
-import contextlib
-import datetime
-import importlib.metadata
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 import unittest.mock
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import bench_sampling
+import common
 import numpy as np
 import pandas as pd
+import psutil
 import scipy.stats
 import torch
-from accelerate import PartialState
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from tqdm import tqdm
 
 import hasty_sample
+from dipo import batches
+from dipo.devices import clock
+from dipo.models import decode
 
 
 @dataclass
@@ -56,17 +57,10 @@ class Settings:
 
 
 def time_sampling(pipe, steps: int, batch_size: int, size: int) -> float:
-    """Seconds from prompts to pixels in host memory."""
-    config, device = pipe.scheduler.config, pipe.unet.device
-    timesteps = hasty_sample.ddim_timesteps(steps, "leading", config.num_train_timesteps, config.steps_offset)
-    prompts = [f"picture number {i} of a lighthouse above the sea" for i in range(batch_size)]
-    start = bench_sampling.clock(device)
-    embeds = hasty_sample.encode_prompts(pipe, prompts, "", True)
-    generators = [torch.Generator().manual_seed(i) for i in range(batch_size)]
-    sizes = (generators, size, size, 5.0, 0.0, pipe.vae_scale_factor)
-    latents = hasty_sample.ddim_sample(pipe.unet, pipe.scheduler.alphas_cumprod, timesteps, *embeds, *sizes)
-    hasty_sample.decode(pipe.vae, latents).cpu()
-    return bench_sampling.clock(device) - start
+    """Seconds from prompts to pictures in host memory."""
+    before = clock(pipe.unet.device)
+    common.pictures(pipe, common.prompts_of(batch_size), 0, steps, size)
+    return clock(pipe.unet.device) - before
 
 
 def time_processes(n: int, images: int) -> float:
@@ -85,31 +79,30 @@ def time_processes(n: int, images: int) -> float:
         return time.perf_counter() - start
 
 
-def resident_megabytes() -> float:
-    """Memory of this process that lies in RAM (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+def throw_away(path: Path, image: Image.Image, record: dict) -> None:
+    """What becomes of images whose memory is watched."""
 
 
 def watch_memory(pipe, prompts: int) -> list[tuple[int, float]]:
-    """Megabytes after every 500 of so many prompts, through hasty_sample.py's own loop over batches."""
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor // 2
-    s = replace(hasty_sample.Settings(), batch_size=50, num_inference_steps=1, compile="off")
-    record = {"negative_prompt": "", "height": size, "width": size}
-    paths = [Path(f"{i:05d}.png") for i in range(prompts)]
-    wanted = {p: record | {"prompt": f"prompt number {i}, a lighthouse", "seed": i} for i, p in enumerate(paths)}
-    seen, written = [], 0
-
-    def throw_away(path, image, record):
-        nonlocal written
-        written += 1
-        if written % 500 == 0:
-            seen.append((written, resident_megabytes()))
-
-    PartialState()
-    with unittest.mock.patch.object(hasty_sample, "save_png", throw_away):
-        hasty_sample.sample_all(s, pipe, paths, wanted, [999], size, size, {})
+    """Megabytes of this process in RAM after every 500 of so many prompts, half the model's size, a step each."""
+    size = common.native_size(pipe) // 2
+    wanted = {
+        Path(f"{i:05d}.png"): {"prompt": f"prompt number {i}, a lighthouse", "seed": i, "height": size, "width": size}
+        for i in range(prompts)
+    }
+    seen = []
+    with unittest.mock.patch.object(batches, "save_png", throw_away), tqdm(disable=True) as bar:
+        for i, batch in enumerate(batches.Batches(pipe, wanted, [999], 50, bar, timing=False), start=1):
+            with batch:
+                batch.save(decode(pipe.vae, hasty_sample.sample(pipe, batch, batch.tau, 0.0, 5.0)))
+            if i % 10 == 0:
+                seen.append((50 * i, psutil.Process().memory_info().rss / 1e6))
     return seen
+
+
+def fit_line(part: pd.DataFrame):
+    """The line through the fastest rounds over the steps."""
+    return scipy.stats.linregress(part["x"], part["low"])
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
@@ -128,68 +121,57 @@ def plot(table: pd.DataFrame, path: Path) -> None:
             axis.set(ylabel="images per second" if kind == "processes" else "seconds", ylim=(0, None), xlim=(0, None))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if kind == "steps":
-            fit = scipy.stats.linregress(part["x"], part["low"])
+            fit = fit_line(part)
             x = np.array([0, part["x"].max()])
             axis.plot(x, fit.intercept + fit.slope * x, color="grey", lw=1)
             axis.set_title(f"{1000 * fit.intercept:.0f} ms + {1000 * fit.slope:.1f} ms per step", fontsize=10)
         axis.set_xlabel(labels[kind])
         axis.grid(alpha=0.3)
-    figure.suptitle(bench_sampling.title(table.iloc[0]))
+    figure.suptitle(common.title(table.iloc[0]))
     figure.savefig(path, dpi=120)
 
 
-def run(s: Settings) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pipe, model = bench_sampling.load(bench_sampling.Settings(random_weights=s.random_weights), device, dtype)
-    own = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    common = {"date": datetime.date.today().isoformat()} | bench_sampling.machine(device)
-    common |= {"model": model, "dtype": str(dtype).removeprefix("torch.")}
-    common |= {p: importlib.metadata.version(p) for p in ("torch", "diffusers")} | {"python": platform.python_version()}
-    rows = []
-
-    def add(kind: str, x: float, values: list[float], **other) -> None:
-        value = float(np.median(values))
-        measured = {"value": round(value, 4), "low": round(min(values), 4), "high": round(max(values), 4)}
-        rows.append({"kind": kind, "x": x} | measured | common | {"rounds": len(values)} | other)
-        print(f"{kind} {x}: {value:.4g} ({min(values):.4g} to {max(values):.4g})", flush=True)
-
-    jobs = [("steps", n, (n, 1, own)) for n in s.steps] + [("batch", n, (10, n, own)) for n in s.batch_sizes]
+def measure(s: Settings, pipe) -> list[tuple]:
+    """(kind, x, values) of what is sampled in this process, and memory."""
+    own = common.native_size(pipe)
     sizes = s.sizes or (own // 2, 3 * own // 4, own, 3 * own // 2, 2 * own)
-    jobs += [("resolution", n, (10, 1, n)) for n in sizes]
+    jobs = [("steps", n, (n, 1, own)) for n in s.steps] + [("batch", n, (10, n, own)) for n in s.batch_sizes]
+    seconds = {job: [] for job in jobs + [("resolution", n, (10, 1, n)) for n in sizes]}
     # All take turns, so that a machine that changes its pace changes it for all.
-    seconds = {job: [] for job in jobs}
     for _ in range(s.rounds + 1):
-        for job in jobs:
-            seconds[job].append(time_sampling(pipe, *job[2]))
-    for (kind, x, _), values in seconds.items():
-        add(kind, x, values[1:])
-    if s.prompts:
-        with contextlib.redirect_stderr(open(os.devnull, "w")):
-            seen = watch_memory(pipe, s.prompts)
-        for x, value in seen:
-            add("memory", x, [value])
-        later = [value for x, value in seen if x > 1000]
-        if len(later) > 2:
-            slope = scipy.stats.linregress(range(len(later)), later).slope / 500
-            print(f"memory after the first 1,000 prompts: {1e3 * slope:+.2f} kB a prompt")
+        for job, values in seconds.items():
+            values.append(time_sampling(pipe, *job[2]))
+    seen = watch_memory(pipe, s.prompts)
+    later = [value for x, value in seen if x > 1000]
+    if len(later) > 2:
+        slope = scipy.stats.linregress(range(len(later)), later).slope / 500
+        print(f"memory after the first 1,000 prompts: {1e3 * slope:+.2f} kB a prompt")
+    return [(kind, x, values[1:]) for (kind, x, _), values in seconds.items()] + [("memory", x, [v]) for x, v in seen]
+
+
+def main(s: Settings) -> None:
+    device = common.begin(s)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    pipe, model = common.load(s.random_weights, device, dtype)
+    measured = measure(s, pipe)
     for n in s.processes:
         # The difference of two lengths leaves out what happens once.
         rates = [(96 - 24) / (time_processes(n, 96) - time_processes(n, 24)) for _ in range(min(s.rounds, 3))]
-        add("processes", n, rates, device="cpu", model="demo", dtype="float32")
+        measured.append(("processes", n, rates))
+    rows, same = [], common.machine(device) | {"model": model, "dtype": str(dtype).removeprefix("torch.")}
+    for kind, x, values in measured:
+        row = {"kind": kind, "x": x} | common.spread(values, "value") | same | common.versions("torch", "diffusers")
+        other = {"device": "cpu", "model": "demo", "dtype": "float32"} if kind == "processes" else {}
+        rows.append(row | {"rounds": len(values)} | other)
+        print("{kind} {x}: {value:.4g} ({low:.4g} to {high:.4g})".format(**row), flush=True)
     table = pd.DataFrame(rows)
-    bench_sampling.append(rows, s.csv)
-    if "steps" in set(table["kind"]):
-        part = table[table["kind"] == "steps"]
-        fit = scipy.stats.linregress(part["x"], part["low"])
+    common.append(rows, s.csv)
+    if s.steps:
+        fit = fit_line(table[table["kind"] == "steps"])
         print(f"time = {fit.intercept:.4f} s + {fit.slope:.5f} s x steps, r^2 = {fit.rvalue**2:.5f}")
     if s.csv:
         plot(table, Path(s.csv).with_suffix(".png"))
 
 
-def main() -> None:
-    bench_sampling.command(Settings, __doc__, run)
-
-
 if __name__ == "__main__":
-    main()
+    common.command(main, Settings, __doc__)

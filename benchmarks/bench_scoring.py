@@ -1,4 +1,4 @@
-"""Time HPSv2 scoring: compare_quality.py's scorer in batches beside hpsv2.img_score.score called once per image and prompt.
+"""Time HPSv2 scoring: the studies' judge in batches beside hpsv2.img_score.score called once per image and prompt.
 
     python benchmarks/bench_scoring.py                    # ViT-H-14 with random weights: time does not depend on them
     python benchmarks/bench_scoring.py --images 4         # a quick look
@@ -10,26 +10,21 @@ floor is the operations of the two towers over the rate of a large matrix produc
 benchmarks/scoring.csv, with the machine and the versions.
 """
 
-import datetime
 import gzip
-import importlib.metadata
 import os
-import platform
-import sys
 import tempfile
-import time
 import unittest.mock
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import bench_sampling
+import common
 import numpy as np
 import open_clip
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import compare_quality
+from dipo.devices import clock
+from dipo.judges import HPSv2
 
 
 @dataclass
@@ -60,67 +55,72 @@ def load_package(checkpoint: Path):
     return lambda image, prompt: img_score.score(image, prompt, cp=str(checkpoint))[0]
 
 
-def run(s: Settings) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
+def write_checkpoint(folder: str) -> Path:
+    """ViT-H-14 with random weights, as HPSv2's file has them."""
+    path = Path(folder) / "HPS_v2.1_compressed.pt"
+    torch.manual_seed(0)
+    torch.save({"state_dict": open_clip.create_model("ViT-H-14").half().state_dict()}, path)
+    return path
+
+
+def image_flops(judge: HPSv2, pictures: list[Image.Image], prompts: list[str]) -> float:
+    """Operations of both towers for one picture of these."""
+    # Attention's fast path is one operation whose inside is not counted.
+    torch.backends.mha.set_fastpath_enabled(False)
+    flops = common.flops_of(lambda: judge(pictures, prompts))
+    torch.backends.mha.set_fastpath_enabled(True)
+    return flops / len(pictures)
+
+
+def main(s: Settings) -> None:
+    device = common.begin(s)
     cuda = device.type == "cuda"
+    dtype = torch.float16 if cuda else torch.float32
     s = replace(s, images=s.images or (512 if cuda else 16), batch_size=s.batch_size or (64 if cuda else 8))
     rng = np.random.default_rng(0)
     pictures = [
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((s.size,) * 2) for _ in range(s.images)
     ]
-    prompts = [f"picture number {i} of a lighthouse above the sea" for i in range(s.images)]
+    prompts = common.prompts_of(s.images)
+    starts = range(0, s.images, s.batch_size)
+    batches = [(pictures[i : i + s.batch_size], prompts[i : i + s.batch_size]) for i in starts]
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "HPS_v2.1_compressed.pt"
-        torch.manual_seed(0)
-        weights = open_clip.create_model("ViT-H-14").half().state_dict()
-        torch.save({"state_dict": weights}, checkpoint)
-        del weights
-        theirs = load_package(checkpoint)
-        ours = compare_quality.load_hpsv2(compare_quality.Settings(hpsv2=str(checkpoint)), device, dtype)
+        checkpoint = write_checkpoint(folder)
+        theirs, ours = load_package(checkpoint), HPSv2(str(checkpoint))
+        ours.load(dtype)
+        ours.to(device)
 
         def package() -> list[float]:
             return [float(theirs(image, prompt)) for image, prompt in zip(pictures[:16], prompts, strict=False)]
 
         def batched() -> list[float]:
-            starts = range(0, s.images, s.batch_size)
-            parts = [ours(pictures[i : i + s.batch_size], prompts[i : i + s.batch_size]) for i in starts]
-            return torch.cat(parts).tolist()
+            return torch.cat([ours(*batch) for batch in batches]).tolist()
 
         seconds, scores = {package: [], batched: []}, {}
         theirs(pictures[0], prompts[0])
-        ours(pictures[: s.batch_size], prompts[: s.batch_size])
-        # Attention's fast path is one operation whose inside is not counted.
-        torch.backends.mha.set_fastpath_enabled(False)
-        flops = bench_sampling.flops_of(lambda: ours(pictures[: s.batch_size], prompts[: s.batch_size]))
-        flops /= len(pictures[: s.batch_size])
-        torch.backends.mha.set_fastpath_enabled(True)
-        floor = flops / bench_sampling.matrix_rate(device, dtype)
+        ours(*batches[0])
+        floor = image_flops(ours, *batches[0]) / common.matrix_rate(device, dtype)
         for _ in range(s.rounds):
             for way in (package, batched):
-                start = time.perf_counter()
+                start = clock(device)
                 scores[way] = way()
-                seconds[way].append((time.perf_counter() - start) / len(scores[way]))
+                seconds[way].append((clock(device) - start) / len(scores[way]))
                 print(f"{way.__name__}: {seconds[way][-1]:.4f} s an image", flush=True)
-    row = {"date": datetime.date.today().isoformat()} | bench_sampling.machine(device)
-    row |= {"images": s.images, "rounds": s.rounds, "batch_size": s.batch_size, "dtype": str(dtype).removeprefix("torch.")}
-    row |= {f"{way.__name__}_seconds_per_image": round(float(np.median(v)), 4) for way, v in seconds.items()}
-    row["images_per_second"] = round(1 / float(np.median(seconds[batched])), 3)
-    row["ratio"] = round(row["package_seconds_per_image"] / float(np.median(seconds[batched])), 2)
+    each = {way: float(np.median(values)) for way, values in seconds.items()}
+    row = common.machine(device) | {"images": s.images, "rounds": s.rounds, "batch_size": s.batch_size}
+    row["dtype"] = str(dtype).removeprefix("torch.")
+    row |= {f"{way.__name__}_seconds_per_image": round(x, 4) for way, x in each.items()}
     row |= {
+        "images_per_second": round(1 / each[batched], 3),
+        "ratio": round(each[package] / each[batched], 2),
         "floor_seconds_per_image": round(floor, 5),
-        "share_of_floor": round(floor / float(np.median(seconds[batched])), 3),
+        "share_of_floor": round(floor / each[batched], 3),
+        "largest_score_difference": float(np.abs(np.subtract(scores[package], scores[batched][:16])).max()),
     }
-    row["largest_score_difference"] = float(np.abs(np.subtract(scores[package], scores[batched][:16])).max())
-    row |= {p: importlib.metadata.version(p) for p in ("torch", "open_clip_torch", "hpsv2")}
-    row["python"] = platform.python_version()
+    row |= common.versions("torch", "open_clip_torch", "hpsv2")
     print("\n".join(f"{k}: {v}" for k, v in row.items()))
-    bench_sampling.append([row], s.csv)
-
-
-def main() -> None:
-    bench_sampling.command(Settings, __doc__, run)
+    common.append([row], s.csv)
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main, Settings, __doc__)

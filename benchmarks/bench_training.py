@@ -16,33 +16,33 @@ floor is the operations of a pair (two pictures encoded, model forward and backw
 FlopCounterMode) over the rate of a large matrix product, measured in the same run. Time does not depend on the weights.
 """
 
-import datetime
-import gc
-import importlib.metadata
+import copy
 import io
-import platform
-import sys
 import tempfile
 import unittest.mock
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import accelerate
-import bench_sampling
+import common
 import numpy as np
 import pandas as pd
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils.memory import clear_device_cache
 from diffusers import DDPMScheduler
 from PIL import Image
 from tqdm import tqdm
 
-import hasty_sample
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_dipo
+from dipo.cli import UserError, first_line
+from dipo.devices import clock
+from dipo.files import find_path
+from dipo.models import encode
+from dipo.pairs import read_pair
 
 
 @dataclass
@@ -81,16 +81,19 @@ def peak_gigabytes(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
 
 
+def load_models(model: str):
+    """The pipeline as train_dipo.py loads it, float32 on the CPU."""
+    return train_dipo.load_models(train_dipo.Settings(base_model=model, vae=""), torch.device("cpu"), torch.float32)
+
+
 def reference_way(s: Settings, model: str, pairs: Path, device: torch.device) -> list[float]:
     """Pairs per second of each optimizer step of the reference trainer's way."""
     cuda = device.type == "cuda"
     half = torch.float16 if cuda else torch.float32
-    settings = train_dipo.Settings(base_model=model, vae="")
-    pipe = train_dipo.load_models(settings, torch.device("cpu"), torch.float32)
-    unet = pipe.unet
-    reference = train_dipo.copy.deepcopy(unet).requires_grad_(False).to(half)
-    frozen = (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, reference)
-    for part in frozen:
+    pipe = load_models(model)
+    unet, vae, resolution = pipe.unet, pipe.vae, common.native_size(pipe)
+    reference = copy.deepcopy(unet).requires_grad_(False)
+    for part in (vae, pipe.text_encoder, pipe.text_encoder_2, reference):
         part.to(half)
         if cuda:
             accelerate.cpu_offload(part, device)
@@ -100,34 +103,31 @@ def reference_way(s: Settings, model: str, pairs: Path, device: torch.device) ->
         unet.parameters(), lr=1e-5, weight_decay=0.01, scale_parameter=False, relative_step=False
     )
     scaler, schedule = torch.amp.GradScaler(device.type, enabled=cuda), DDPMScheduler.from_config(pipe.scheduler.config)
-    resolution = unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    time_ids = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * 2, device=device, dtype=half)
     rows, rates = pd.read_parquet(pairs).to_dict("records"), []
     for step in tqdm(range(s.steps), desc="reference", leave=False):
-        start = bench_sampling.clock(device)
+        start = clock(device)
         for i in range(s.effective_batch_size):
-            pair = train_dipo.read_pair(rows[(step * s.effective_batch_size + i) % len(rows)], resolution)
+            pair = read_pair(rows[(step * s.effective_batch_size + i) % len(rows)], resolution)
             with torch.no_grad():
                 x = pair["pixels"].permute(0, 3, 1, 2).to(device, half) / 127.5 - 1
-                latents = torch.cat([pipe.vae.encode(image[None]).latent_dist.sample() for image in x])
-                latents = latents * pipe.vae.config.scaling_factor
-                text, _, pooled, _ = pipe.encode_prompt([pair["caption"]], device=device, do_classifier_free_guidance=False)
-                noise = torch.randn_like(latents[:1]).expand_as(latents)
+                latents = torch.cat([vae.encode(image[None]).latent_dist.sample() for image in x])
+                latents = latents * vae.config.scaling_factor
+                both = SimpleNamespace(prompts=[pair["caption"]] * 2, height=resolution, width=resolution)
+                given = encode(pipe, both, guided=False).last(2)
+                noise = torch.randn_like(latents[:1])
                 t = torch.randint(schedule.config.num_train_timesteps, (1,), device=device).expand(2)
-                noisy = schedule.add_noise(latents, noise, t)
-                conditions = {"text_embeds": pooled.expand(2, -1), "time_ids": time_ids}
-                given = {"encoder_hidden_states": text.expand(2, -1, -1), "added_cond_kwargs": conditions}
-                base = reference(noisy, t, **given).sample
+                noisy = schedule.add_noise(latents, noise.expand_as(latents), t)
+                base = reference(noisy, t, **given)[0]
             with torch.autocast(device.type, half, enabled=cuda):
-                out = unet(noisy, t, **given).sample
-            loss = train_dipo.dpo_loss(out, base, noise[:1], settings.beta_dpo)[0]
+                out = unet(noisy, t, **given)[0]
+            loss = train_dipo.dpo_loss(out, base, noise, train_dipo.Settings.beta_dpo)[0]
             scaler.scale(loss / s.effective_batch_size).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        rates.append(s.effective_batch_size / (bench_sampling.clock(device) - start))
+        rates.append(s.effective_batch_size / (clock(device) - start))
     return rates
 
 
@@ -154,96 +154,83 @@ def our_way(s: Settings, model: str, pairs: Path, folder: Path, batch_size: int,
         unittest.mock.patch.object(train_dipo, "save_checkpoint"),
         unittest.mock.patch.object(train_dipo, "save_result"),
     ):
-        train_dipo.train(settings)
+        train_dipo.main(settings)
     return pd.read_csv(folder / "metrics.csv")["pairs_per_second"].tolist()
 
 
-def floor_flops(model: str) -> float:
+def pair_flops(model: str) -> float:
     """Operations of a pair: pictures encoded, model forward and backward (twice a forward), reference forward."""
-    pipe = train_dipo.load_models(train_dipo.Settings(base_model=model, vae=""), torch.device("cpu"), torch.float32)
-    unet, side = pipe.unet.to("meta"), pipe.unet.config.sample_size
-    pooled = pipe.text_encoder_2.config.projection_dim
-    text = torch.zeros(2, 77, unet.config.cross_attention_dim, device="meta")
-    conditions = {"text_embeds": torch.zeros(2, pooled, device="meta"), "time_ids": torch.zeros(2, 6, device="meta")}
-    x, t = torch.zeros(2, unet.config.in_channels, side, side, device="meta"), torch.zeros(2, device="meta")
-    pixels = torch.zeros(2, 3, side * pipe.vae_scale_factor, side * pipe.vae_scale_factor, device="meta")
-    vae = pipe.vae.to("meta")
+    pipe = load_models(model)
+    side, vae = common.native_size(pipe), pipe.vae.to("meta")
     with torch.no_grad():
-        forward = bench_sampling.flops_of(lambda: unet(x, t, encoder_hidden_states=text, added_cond_kwargs=conditions))
-        return 4 * forward + bench_sampling.flops_of(lambda: vae.encoder(pixels))
+        encoding = common.flops_of(lambda: vae.encoder(torch.zeros(2, 3, side, side, device="meta")))
+        return 4 * common.unet_flops(pipe.unet.to("meta"), 2) + encoding
 
 
-def run(s: Settings) -> None:
+def measure(s: Settings, model: str, folder: Path, device: torch.device, small: bool) -> tuple[dict, dict]:
+    """Pairs per second of the counted steps, and peak gigabytes, of each way and batch size; all take turns."""
+    pairs = folder / "train.parquet"
+    make_pairs(pairs, 2 * s.effective_batch_size, 64 if small else 1024)
+    kinds = [(w, b) for w in dict.fromkeys(s.ways) for b in ((1,) if w == "reference" else s.train_batch_sizes)]
+    rates, peaks = {kind: [] for kind in kinds}, dict.fromkeys(kinds, float("nan"))
+    for r in range(s.rounds):
+        for way, batch_size in kinds:
+            clear_device_cache(garbage_collection=True)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            try:
+                if way == "reference":
+                    got = reference_way(s, model, pairs, device)
+                else:
+                    rank = 64 if way == "lora" else 0
+                    got = our_way(s, model, pairs, folder / f"{way}-{batch_size}-{r}", batch_size, rank)
+            except (torch.OutOfMemoryError, UserError) as e:
+                print(f"{way}, batch {batch_size}: left out ({first_line(e)})", flush=True)
+                continue
+            rates[way, batch_size] += got[1:]
+            peaks[way, batch_size] = peak_gigabytes(device)
+            print(f"{way}, batch {batch_size}: {np.median(got[1:]):.3f} pairs a second", flush=True)
+    return {kind: values for kind, values in rates.items() if values}, peaks
+
+
+def main(s: Settings) -> None:
+    device = common.begin(s)
     if s.steps < 2:
-        raise hasty_sample.UserError(f"--steps {s.steps}: use 2 or more, as the first is not counted")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        raise UserError(f"--steps {s.steps}: use 2 or more, as the first is not counted")
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     if device.type == "cpu":
         print("no GPU here: nothing is streamed, and the ratios below are the demo model's, not SDXL's", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, label = str(hasty_sample.find_path(hasty_sample.DEMO_MODEL)), "demo"
+        model, label = str(find_path(common.DEMO)), "demo"
         if s.random_weights:
             model, label = str(folder / "sdxl"), "SDXL, random weights"
-            bench_sampling.random_sdxl(device, torch.float16).save_pretrained(model)
+            common.random_sdxl(device, torch.float16).save_pretrained(model)
         elif device.type == "cuda":
-            model, label = train_dipo.Settings.base_model, train_dipo.Settings.base_model
-        flops, rate = floor_flops(model), bench_sampling.matrix_rate(device, half)
+            model = label = train_dipo.Settings.base_model
+        flops, rate = pair_flops(model), common.matrix_rate(device, half)
         print(f"{flops / 1e12:.4g} TFLOP a pair, matrix rate {rate / 1e12:.3g} TFLOP/s", flush=True)
-        make_pairs(folder / "train.parquet", 2 * s.effective_batch_size, 1024 if label != "demo" else 64)
-        kinds = [(w, b) for w in dict.fromkeys(s.ways) for b in ((1,) if w == "reference" else s.train_batch_sizes)]
-        rates, peaks = {k: [] for k in kinds}, dict.fromkeys(kinds, float("nan"))
-        for r in range(s.rounds):
-            for way, batch_size in kinds:
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats(device)
-                try:
-                    if way == "reference":
-                        got = reference_way(s, model, folder / "train.parquet", device)
-                    else:
-                        out, rank = folder / f"{way}-{batch_size}-{r}", 64 if way == "lora" else 0
-                        got = our_way(s, model, folder / "train.parquet", out, batch_size, rank)
-                except (torch.OutOfMemoryError, train_dipo.UserError) as e:
-                    print(f"{way}, batch {batch_size}: left out ({hasty_sample.first_line(e)})", flush=True)
-                    continue
-                rates[way, batch_size] += got[1:]
-                peaks[way, batch_size] = peak_gigabytes(device)
-                print(f"{way}, batch {batch_size}: {np.median(got[1:]):.3f} pairs a second", flush=True)
-    rows = []
-    for (way, batch_size), values in ((k, v) for k, v in rates.items() if v):
+        rates, peaks = measure(s, model, folder, device, label == "demo")
+    rows, reference = [], np.median(rates.get(("reference", 1), [np.nan]))
+    for (way, batch_size), values in rates.items():
         each = float(np.median(values))
-        rows.append(
-            {
-                "date": datetime.date.today().isoformat(),
-                **bench_sampling.machine(device),
-                "model": label,
-                "way": way,
-                "train_batch_size": batch_size,
-                "effective_batch_size": s.effective_batch_size,
-                "steps_counted": len(values),
-                "pairs_per_second": round(each, 4),
-                "low": round(min(values), 4),
-                "high": round(max(values), 4),
-                "times_reference": round(each / float(np.median(rates.get(("reference", 1)) or [np.nan])), 3),
-                "peak_gigabytes": round(peaks[way, batch_size], 2),
-                "floor_pairs_per_second": round(rate / flops, 3),
-                "share_of_floor": round(each * flops / rate, 3),
-                "torch": importlib.metadata.version("torch"),
-                "diffusers": importlib.metadata.version("diffusers"),
-                "python": platform.python_version(),
-            }
-        )
-    table = pd.DataFrame(rows)
+        measured = {
+            "model": label,
+            "way": way,
+            "train_batch_size": batch_size,
+            "effective_batch_size": s.effective_batch_size,
+            "steps_counted": len(values),
+            **common.spread(values, "pairs_per_second"),
+            "times_reference": round(each / float(reference), 3),
+            "peak_gigabytes": round(peaks[way, batch_size], 2),
+            "floor_pairs_per_second": round(rate / flops, 3),
+            "share_of_floor": round(each * flops / rate, 3),
+        }
+        rows.append(common.machine(device) | measured | common.versions("torch", "diffusers"))
     shown = ["way", "train_batch_size", "pairs_per_second", "low", "high", "times_reference", "peak_gigabytes"]
-    print("\n" + table[[*shown, "share_of_floor"]].to_markdown(index=False))
-    bench_sampling.append(rows, s.csv)
-
-
-def main() -> None:
-    bench_sampling.command(Settings, __doc__, run)
+    print("\n" + pd.DataFrame(rows)[[*shown, "share_of_floor"]].to_markdown(index=False))
+    common.append(rows, s.csv)
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main, Settings, __doc__)

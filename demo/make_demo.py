@@ -19,7 +19,6 @@ Everything random is seeded. Intermediate files lie in --build-dir (ignored by g
 """
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -30,14 +29,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 import world
+from common import to_tensor, train
 from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dipo import cli
+from dipo.files import written_whole
 
 STAGES = ("pictures", "text", "vae", "details", "latents", "unet", "export", "measure")
 HIDDEN_SIZES = (96, 160)
@@ -90,50 +92,6 @@ class Settings:
     """every random choice follows from it"""
 
 
-# -------------------------------------------------------------------------------------------------------- training loop
-
-
-def train(name: str, build: Path, parameters, state: dict, step_fn, steps: int, lr: float, every: int, ema=None) -> None:
-    """AdamW with linear warm-up and cosine decay, resumed from and saved to build/NAME.pt.
-
-    state maps names to modules (saved and restored); step_fn(step) returns the loss tensor and must draw every random
-    number from a generator seeded by the step, so that a resumed run sees what an unbroken one would have.
-    """
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-    path, start = build / f"{name}.pt", 0
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        for key, module in state.items():
-            module.load_state_dict(saved[key])
-        optimizer.load_state_dict(saved["optimizer"])
-        if ema is not None:
-            ema.load_state_dict(saved["ema"])
-        start = saved["step"]
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
-    mean = None
-    for step in bar:
-        rate = lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = step_fn(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if ema is not None:
-            ema.step(parameters)
-        mean = loss.item() if mean is None else 0.99 * mean + 0.01 * loss.item()
-        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        if (step + 1) % every == 0 or step + 1 == steps:
-            saved = {key: module.state_dict() for key, module in state.items()}
-            saved |= {"optimizer": optimizer.state_dict(), "step": step + 1}
-            if ema is not None:
-                saved["ema"] = ema.state_dict()
-            torch.save(saved, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
-
-
 def rng_of(seed: int, stage: int, step: int) -> np.random.Generator:
     return np.random.default_rng([seed, stage, step])
 
@@ -168,8 +126,8 @@ def make_pictures(s: Settings, build: Path) -> None:
         stops = [min(a + 500, s.pictures) for a in starts]
         parts = list(tqdm(pool.map(draw_range, [s.seed] * len(stops), starts, stops), total=len(stops), desc="pictures"))
     np.save(build / "labels.npy", np.array([label for _, labels in parts for label in labels]))
-    np.save(build / "part.npy", np.concatenate([p for p, _ in parts]))
-    (build / "part.npy").replace(build / "pictures.npy")
+    with written_whole(build / "pictures.npy") as part, open(part, "wb") as f:
+        np.save(f, np.concatenate([p for p, _ in parts]))
 
 
 def all_captions() -> list[list[str]]:
@@ -303,8 +261,7 @@ def train_text(s: Settings, build: Path) -> None:
         chosen = [by_category[k % 3][rng.integers(len(by_category[k % 3]))] for k in range(64)]
         return loss_of(chosen, rng)[0]
 
-    parameters = [p for module in state.values() for p in module.parameters()]
-    train("text", build, parameters, state, step, s.text_steps, 1e-3, s.checkpoint_every)
+    train(build / "text.pt", state, step, s.text_steps, 1e-3, s.checkpoint_every)
     with torch.no_grad():
         right = loss_of(world.sample_scenes("held_out", 243, 0), rng_of(s.seed, 1, 10**9))[1]
     print(f"text: {100 * right:.1f} % of the parts of 243 held-out captions are read right")
@@ -331,11 +288,6 @@ def make_vae(build: Path, trained: str | None = "vae") -> AutoencoderKL:
     return vae
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def through_vae(s: Settings, vae: AutoencoderKL, pictures: np.ndarray, stage: int, i: int):
     """16 training pictures x, half of the batches mirrored, their reconstruction from sampled latents, both
     (16, 3, 64, 64) float32, and the posterior."""
@@ -359,7 +311,7 @@ def train_vae(s: Settings, build: Path) -> None:
         x, out, posterior = through_vae(s, vae, pictures, 2, i)
         return F.mse_loss(out, x) + 0.1 * F.l1_loss(out, x) + 1e-6 * posterior.kl().mean()
 
-    train("vae", build, vae.parameters(), {"vae": vae}, step, s.vae_steps, 2e-3, s.checkpoint_every)
+    train(build / "vae.pt", {"vae": vae}, step, s.vae_steps, 2e-3, s.checkpoint_every)
 
 
 def train_details(s: Settings, build: Path) -> None:
@@ -374,7 +326,7 @@ def train_details(s: Settings, build: Path) -> None:
         weighted = (1 + 8 * edges) * (error.square() + 0.1 * error.abs())
         return weighted.mean() + 1e-7 * posterior.kl().mean()
 
-    train("details", build, vae.parameters(), {"vae": vae}, step, s.details_steps, 1e-3, s.checkpoint_every)
+    train(build / "details.pt", {"vae": vae}, step, s.details_steps, 1e-3, s.checkpoint_every)
 
 
 # -------------------------------------------------------------------------------------------------------- latents, UNet
@@ -410,8 +362,8 @@ def make_latents(s: Settings, build: Path) -> None:
         "states": states,
         "pooled": pooled,
     }
-    torch.save(saved, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    with written_whole(path) as part:
+        torch.save(saved, part)
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -462,7 +414,7 @@ def train_unet(s: Settings, build: Path) -> None:
         weight = (5 / compute_snr(scheduler, t)).clamp(max=1)
         return (weight * (out.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
-    train("unet", build, unet.parameters(), {"unet": unet}, step, s.unet_steps, 1e-3, s.checkpoint_every, ema)
+    train(build / "unet.pt", {"unet": unet}, step, s.unet_steps, 1e-3, s.checkpoint_every, ema=ema)
 
 
 # --------------------------------------------------------------------------------------------------------------- export
@@ -507,17 +459,16 @@ def measure(s: Settings, build: Path) -> None:
     subprocess.run([sys.executable, str(Path(__file__).with_name("measure.py")), *model], check=True)
 
 
-def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
+def main(s: Settings) -> None:
     unknown = [x for x in s.stages if x not in STAGES]
     if unknown:
-        sys.exit(f"error: no stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
+        raise cli.UserError(f"no stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
     build = Path(s.build_dir)
     build.mkdir(parents=True, exist_ok=True)
     made_with = {"seed": s.seed, "pictures": s.pictures}
     note = build / "made_with.json"
     if note.exists() and json.loads(note.read_text()) != made_with:
-        sys.exit(f"error: {build} was begun with {note.read_text()}; give another --build-dir, or delete it")
+        raise cli.UserError(f"{build} was begun with {note.read_text()}; give another --build-dir, or delete it")
     note.write_text(json.dumps(made_with))
     functions = (make_pictures, train_text, train_vae, train_details, make_latents, train_unet, export, measure)
     for name, function in zip(STAGES, functions, strict=True):
@@ -526,4 +477,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, Settings, __doc__)

@@ -16,7 +16,6 @@ has seen.
 
 import io
 import json
-import math
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,13 +27,15 @@ import open_clip
 import pandas as pd
 import torch
 import torch.nn.functional as F
-import tyro
 import world
-from measure import rate
+from common import rate, train
 from PIL import Image, ImageEnhance, ImageFilter
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from dipo import cli
+from dipo.files import written_whole
 
 JUDGES = ("pickscore", "hpsv2")
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -126,9 +127,9 @@ def make_pool(s: Settings, seed: int, path: Path) -> dict[str, np.ndarray]:
         jobs = ([seed] * len(captions), range(len(captions)), [known.get(c, []) for c in captions], captions)
         with ProcessPoolExecutor() as pool:
             made = list(tqdm(pool.map(make_group, *jobs, chunksize=20), total=len(captions), desc=f"{path.stem}: pictures"))
-        part = path.with_suffix(".part.npz")
-        np.savez(part, pictures=np.stack([p for p, _ in made]), rewards=np.stack([r for _, r in made]), captions=captions)
-        part.replace(path)
+        pictures, rewards = (np.stack(x) for x in zip(*made, strict=True))
+        with written_whole(path) as part, open(part, "wb") as f:
+            np.savez(f, pictures=pictures, rewards=rewards, captions=captions)
     return dict(np.load(path))
 
 
@@ -163,40 +164,23 @@ def to_pixels(pictures: np.ndarray) -> torch.Tensor:
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def train(s: Settings, name: str, seed: int, model, tokenizer: CLIPTokenizer, pool: dict, path: Path) -> None:
-    """AdamW with warm-up and cosine decay; every 250 steps a checkpoint at path, from which a stopped run goes on."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    start, mean = 0, None
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
-    model.train()
-    bar = tqdm(range(start, s.steps), initial=start, total=s.steps, desc=name, mininterval=5)
-    for step in bar:
-        rng = np.random.default_rng([seed, 13, step])
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / s.steps)))
+def train_judge(s: Settings, seed: int, model, tokenizer: CLIPTokenizer, pool: dict, path: Path) -> None:
+    """Every 250 steps a checkpoint at path, from which a stopped run goes on."""
+    first, second = np.triu_indices(GROUP, 1)
+
+    def step(i):
+        rng = np.random.default_rng([seed, 13, i])
         rows = rng.integers(len(pool["captions"]), size=s.batch)
         rewards, captions = pool["rewards"][rows], pool["captions"][rows].tolist()
         ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         with torch.autocast("cpu", torch.bfloat16):
             images, texts, scale = embeddings(model, to_pixels(pool["pictures"][rows].reshape(-1, 64, 64, 3)), ids)
         scores = scale * torch.einsum("bgd,bd->bg", images.float().unflatten(0, (s.batch, GROUP)), texts.float())
-        first, second = np.triu_indices(GROUP, 1)
         labels = np.array([[annotator.label(r[i], r[j], rng) for i, j in zip(first, second, strict=True)] for r in rewards])
-        loss = F.binary_cross_entropy_with_logits(scores[:, first] - scores[:, second], torch.from_numpy(labels).float())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        if (step + 1) % 250 == 0 or step + 1 == s.steps:
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(saved, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
+        return F.binary_cross_entropy_with_logits(scores[:, first] - scores[:, second], torch.from_numpy(labels).float())
+
+    model.train()
+    train(path, {"model": model}, step, s.steps, 1e-3, every=250, warm_up=100, beta_2=0.98, weight_decay=0.05)
     model.eval()
 
 
@@ -235,8 +219,7 @@ def save_hpsv2(model, config: dict, s: Settings, folder: Path) -> None:
     torch.save({"state_dict": model.half().state_dict()}, folder / "HPS_v2.1_compressed.pt")
 
 
-def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
+def main(s: Settings) -> None:
     build = Path(s.build_dir)
     build.mkdir(parents=True, exist_ok=True)
     tokenizer = CLIPTokenizer.from_pretrained(s.tokenizer)
@@ -253,7 +236,7 @@ def main() -> None:
             open_clip.add_model_config(build / "demo-hpsv2.json")
             model = open_clip.create_model("demo-hpsv2")
         pool = make_pool(s, seed, build / f"{name}-{s.seed}-{s.groups}.npz")
-        train(s, name, seed, model, tokenizer, pool, build / f"{name}.pt")
+        train_judge(s, seed, model, tokenizer, pool, build / f"{name}.pt")
         right = agreement(s, model, tokenizer)
         if name == "pickscore":
             save_pickscore(model, s, folder)
@@ -264,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, Settings, __doc__)

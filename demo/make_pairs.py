@@ -19,12 +19,15 @@ import annotator
 import numpy as np
 import pandas as pd
 import torch
-import tyro
 import world
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from common import load_pipeline, sample
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
+
+from dipo import cli
+from dipo.files import written_whole
 
 # Sources of pictures: the UNet's name and the guidance scale; none for the renderer. A caption's pictures take them in turn.
 SOURCES = {
@@ -105,23 +108,17 @@ def make_pictures(s: Settings, table: pd.DataFrame, folder: Path) -> dict[int, b
                 else:
                     pipe = pipe or load(s)
                     pipe.unet = pipe.unets[choice[0]]
-                    pictures = pipe(
-                        part.caption.tolist(),
-                        num_inference_steps=s.num_inference_steps,
-                        guidance_scale=choice[1],
-                        generator=[torch.Generator().manual_seed(k) for k in part.seed],
-                    ).images
+                    pictures = sample(pipe, part.caption.tolist(), list(part.seed), s.num_inference_steps, choice[1])
                 done = pd.DataFrame({"number": part.index, "jpg": [jpeg(p) for p in pictures]})
-                done.to_parquet(path.with_suffix(".part"))
-                path.with_suffix(".part").replace(path)
+                with written_whole(path) as unfinished:
+                    done.to_parquet(unfinished)
             made |= dict(pd.read_parquet(path).itertuples(index=False))
     return made
 
 
 def load(s: Settings) -> StableDiffusionXLPipeline:
-    pipe = StableDiffusionXLPipeline.from_pretrained(s.model, add_watermarker=False).to(torch.float32)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+    """The demo pipeline, with its own UNet and the earlier one in pipe.unets."""
+    pipe = load_pipeline(s.model)
     early = UNet2DConditionModel.from_config(pipe.unet.config)
     ema = EMAModel(early.parameters())
     ema.load_state_dict(torch.load(s.early, weights_only=True))
@@ -130,8 +127,7 @@ def load(s: Settings) -> StableDiffusionXLPipeline:
     return pipe
 
 
-def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
+def main(s: Settings) -> None:
     out = Path(s.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     for split, count, file in (("train", s.train_pairs, "train.parquet"), ("held_out", s.test_pairs, "test.parquet")):
@@ -148,8 +144,8 @@ def main() -> None:
             rows.append(row | {"source_0": table.source[a], "source_1": table.source[b]})
         data = pd.DataFrame(rows).sample(frac=1, random_state=s.seed).reset_index(drop=True)
         # One dictionary for all of a column: a picture that is in several pairs is stored once.
-        data.to_parquet(out / f".{file}.part", index=False, dictionary_pagesize_limit=2**30)
-        (out / f".{file}.part").replace(out / file)
+        with written_whole(out / file) as part:
+            data.to_parquet(part, index=False, dictionary_pagesize_limit=2**30)
         decided = data[data.label_0 != 0.5]
         agree = ((decided.reward_0 > decided.reward_1) == (decided.label_0 == 1)).mean()
         print(
@@ -161,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, Settings, __doc__)

@@ -10,20 +10,16 @@ CIELAB (demo/world.py's colours_right); and, for comparison, the same for the re
 A sheet of 60 of the pictures goes to assets/demo/sheet.png.
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-import transformers
-import tyro
 import world
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from common import load_pipeline, load_unet, put_between, rate, sample, thumbnail, to_tensor, versions
 from PIL import Image
-from scipy.stats import binomtest
 from tqdm import tqdm
+
+from dipo import cli
 
 
 @dataclass
@@ -51,39 +47,28 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return -10 * ((a - b) / 2).double().square().mean(dim=(1, 2, 3)).log10()
 
 
-def rate(right: list[bool]) -> str:
-    """A share in percent with its 95 % Wilson interval and n."""
-    low, high = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
-    return f"{100 * np.mean(right):.1f} % ({100 * low:.1f} to {100 * high:.1f}), n = {len(right)}"
-
-
 @torch.no_grad()
-def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
-    pipe = StableDiffusionXLPipeline.from_pretrained(s.model, add_watermarker=False).to(torch.float32)
-    if s.unet:
-        pipe.unet = diffusers.UNet2DConditionModel.from_pretrained(s.unet).to(torch.float32)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    scenes = world.sample_scenes("held_out", s.n, 0)
-
+def rebuild(s: Settings, pipe, scenes: list[world.Scene]) -> tuple[list[float], list[Image.Image]]:
+    """The renderer's pictures of the scenes through the VAE: PSNR of each in dB, and what comes out."""
     drawn = [np.asarray(world.draw(x, np.random.default_rng([1, i]))) for i, x in enumerate(scenes)]
     quality, rebuilt = [], []
     for i in tqdm(range(0, s.n, 20), desc="VAE"):
-        x = torch.from_numpy(np.stack(drawn[i : i + 20])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = to_tensor(np.stack(drawn[i : i + 20]))
         y = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
         quality += psnr(x, y).tolist()
         rebuilt += pipe.image_processor.postprocess(y)
+    return quality, rebuilt
 
-    pictures = []
-    for i in tqdm(range(0, s.n, 20), desc=f"{s.num_inference_steps} DDIM steps"):
-        batch = scenes[i : i + 20]
-        pictures += pipe(
-            [world.caption(x) for x in batch],
-            num_inference_steps=s.num_inference_steps,
-            guidance_scale=s.guidance_scale,
-            generator=[torch.Generator().manual_seed(s.seed + i + k) for k in range(len(batch))],
-        ).images
+
+def main(s: Settings) -> None:
+    pipe = load_pipeline(s.model)
+    if s.unet:
+        pipe.unet = load_unet(s.unet)
+    scenes = world.sample_scenes("held_out", s.n, 0)
+    quality, rebuilt = rebuild(s, pipe, scenes)
+    captions, seeds = [world.caption(x) for x in scenes], list(range(s.seed, s.seed + s.n))
+    title = f"{s.num_inference_steps} DDIM steps"
+    pictures = sample(pipe, captions, seeds, s.num_inference_steps, s.guidance_scale, title)
 
     rows = []
     for name, images in (("sampled", pictures), ("renderer's, through the VAE", rebuilt)):
@@ -105,21 +90,17 @@ def main() -> None:
         *[f"| {r['pictures']} | {r['of']} | {r['named colours right']} |" for r in rows],
         "",
         f"{s.num_inference_steps} DDIM steps, guidance {s.guidance_scale:g}, seeds {s.seed} to {s.seed + s.n - 1}, "
-        f"{len(set(scenes))} different held-out captions; float32 on the CPU, torch {torch.__version__.split('+')[0]}, "
-        f"diffusers {diffusers.__version__}, transformers {transformers.__version__}.",
+        f"{len(set(scenes))} different held-out captions; float32 on the CPU, {versions()}.",
     ]
     print("\n".join(lines))
     if s != Settings():
         return
     sheet = Image.new("RGB", (10 * 100, 6 * 100), "white")
     for i, image in enumerate(pictures[:60]):
-        sheet.paste(image.resize((96, 96), Image.Resampling.LANCZOS), (i % 10 * 100 + 2, i // 10 * 100 + 2))
+        thumbnail(sheet, image, i % 10 * 100 + 2, i // 10 * 100 + 2)
     sheet.save(s.sheet)
-    readme = Path(s.readme)
-    text = readme.read_text(encoding="utf-8")
-    between = "<!-- measured -->\n" + "\n".join(lines) + "\n<!-- end -->"
-    readme.write_text(re.sub(r"<!-- measured -->.*<!-- end -->", lambda _: between, text, flags=re.S), encoding="utf-8")
+    put_between(s.readme, "measured", "end", lines)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, Settings, __doc__)

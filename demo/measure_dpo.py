@@ -9,22 +9,15 @@ interval. With default settings the figures go into assets/demo/README.md, and a
 of rows, the base model's pictures above the trained one's.
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import annotator
-import diffusers
 import numpy as np
-import torch
-import transformers
-import tyro
 import world
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from measure import rate
+from common import load_pipeline, load_unet, put_between, rate, sample, thumbnail, versions
 from PIL import Image
-from scipy.stats import binomtest, bootstrap
-from tqdm import tqdm
+
+from dipo import cli, stats
 
 
 @dataclass
@@ -49,33 +42,21 @@ class Settings:
     """contact sheet of the first 40 pairs"""
 
 
-@torch.no_grad()
-def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
-    diffusers.utils.logging.set_verbosity_error()
-    pipe = StableDiffusionXLPipeline.from_pretrained(s.model, add_watermarker=False).to(torch.float32)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    inner = Path(s.dpo_unet) / "unet"
-    trained = UNet2DConditionModel.from_pretrained(inner if inner.exists() else s.dpo_unet, torch_dtype=torch.float32)
-    unets = {"base": pipe.unet, "trained": trained}
+def main(s: Settings) -> None:
+    pipe = load_pipeline(s.model)
+    unets = {"base": pipe.unet, "trained": load_unet(s.dpo_unet)}
     scenes = world.sample_scenes(s.split, s.n, s.seed)
-    captions = [world.caption(x) for x in scenes]
-    pictures = {name: [] for name in unets}
-    for i in tqdm(range(0, s.n, 20), desc=f"{s.num_inference_steps} DDIM steps"):
-        for name, unet in unets.items():
-            pipe.unet = unet
-            pictures[name] += pipe(
-                captions[i : i + 20],
-                num_inference_steps=s.num_inference_steps,
-                guidance_scale=s.guidance_scale,
-                generator=[torch.Generator().manual_seed(s.seed + k) for k in range(i, min(i + 20, s.n))],
-            ).images
+    captions, seeds = [world.caption(x) for x in scenes], list(range(s.seed, s.seed + s.n))
+    pictures, rewards = {}, {}
+    for name, unet in unets.items():
+        pipe.unet = unet
+        title = f"{name}, {s.num_inference_steps} DDIM steps"
+        pictures[name] = sample(pipe, captions, seeds, s.num_inference_steps, s.guidance_scale, title)
+        rewards[name] = np.array([annotator.reward(p, c) for p, c in zip(pictures[name], captions, strict=True)])
 
-    rewards = {n: np.array([annotator.reward(p, c) for p, c in zip(pictures[n], captions, strict=True)]) for n in unets}
     gain = rewards["trained"] - rewards["base"]
-    wins, ties = int((gain > 0).sum()), int((gain == 0).sum())
-    low, high = bootstrap((gain,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+    wins = stats.win_rate(rewards["trained"], rewards["base"])
+    mean, low, high = stats.mean_interval(gain)
     rows = [
         ("trained preferred", "all", rate((gain > 0).tolist())),
         *(("", c, rate([bool(g > 0) for g, x in zip(gain, scenes, strict=True) if x.category == c])) for c in world.SLOTS),
@@ -87,34 +68,28 @@ def main() -> None:
         rows.append((f"annotator's rightness, {name}", "all", f"{np.mean(parts):.4f} (mean of {len(parts)} parts)"))
         vivid = [annotator.colourfulness(p) for p in pictures[name]]
         rows.append((f"colourfulness M, {name}", "all", f"{np.mean(vivid):.1f} (mean of {s.n} pictures)"))
-    p = binomtest(wins, s.n - ties).pvalue
     lines = [
         "| what | of | figure |",
         "|---|---|---|",
         *(f"| {' | '.join(r)} |" for r in rows),
         "",
-        f"Base preferred {100 * (s.n - wins - ties) / s.n:.1f} %, equal {ties} of {s.n}; two-sided binomial p = {p:.2g}. "
-        f"Mean gain in reward {gain.mean():.3f} (95 % paired bootstrap {low:.3f} to {high:.3f}): the annotator, its "
+        f"Base preferred {100 * wins['loss_rate']:.1f} %, equal {wins['ties']} of {s.n}; "
+        f"two-sided binomial p = {wins['p']:.2g}. "
+        f"Mean gain in reward {mean:.3f} (95 % paired bootstrap {low:.3f} to {high:.3f}): the annotator, its "
         f"labels being noisy, would choose the trained picture in {100 * np.mean(1 / (1 + np.exp(-gain))):.1f} %. "
         f"{s.num_inference_steps} DDIM steps, guidance {s.guidance_scale:g}, seeds {s.seed} to {s.seed + s.n - 1}, "
-        f"{len(set(scenes))} different captions ({s.split}); float32 on the CPU, torch {torch.__version__.split('+')[0]}, "
-        f"diffusers {diffusers.__version__}, transformers {transformers.__version__}.",
+        f"{len(set(scenes))} different captions ({s.split}); float32 on the CPU, {versions()}.",
     ]
     print("\n".join(lines))
     if s.sheet != Settings.sheet or s == Settings():
         sheet = Image.new("RGB", (10 * 100, 8 * 100 + 30), "white")
         for i in range(min(40, s.n)):
             for k, name in enumerate(unets):
-                image = pictures[name][i].resize((96, 96), Image.Resampling.LANCZOS)
-                sheet.paste(image, (i % 10 * 100 + 2, (i // 10 * 2 + k) * 100 + i // 10 * 10 + 2))
+                thumbnail(sheet, pictures[name][i], i % 10 * 100 + 2, (i // 10 * 2 + k) * 100 + i // 10 * 10 + 2)
         sheet.save(s.sheet)
     if s == Settings():
-        readme = Path(s.readme)
-        text = readme.read_text(encoding="utf-8")
-        between = "<!-- preference -->\n" + "\n".join(lines) + "\n<!-- end preference -->"
-        text = re.sub(r"<!-- preference -->.*<!-- end preference -->", lambda _: between, text, flags=re.S)
-        readme.write_text(text, encoding="utf-8")
+        put_between(s.readme, "preference", "end preference", lines)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, Settings, __doc__)

@@ -6,7 +6,6 @@ The studies score with judges that were trained on the annotator's labels; this 
 a row for each folder of images: means with 95 % bootstrap intervals.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,11 @@ import annotator
 import numpy as np
 import pandas as pd
 import tyro
+from common import mean
 from PIL import Image
-from scipy.stats import bootstrap
+
+from dipo import cli
+from dipo.files import read_record
 
 
 @dataclass
@@ -24,25 +26,21 @@ class Settings:
     """the output folder of a study's --demo"""
 
 
-def main() -> None:
-    s = tyro.cli(Settings, description=__doc__)
+def main(s: Settings) -> None:
     rows = []
     for folder in sorted(p for p in Path(s.study).iterdir() if p.is_dir()):
-        values = []
+        values = {"reward": [], "rightness": [], "colourfulness M": []}
         for path in sorted(folder.glob("*.png")):
+            caption = read_record(path)["prompt"]
             with Image.open(path) as image:
-                caption = json.loads(image.info["dipo"])["prompt"]
                 right = annotator.rightness(image, annotator.scene_of(caption))
-                values.append(
-                    (annotator.reward(image, caption), np.mean(list(right.values())), annotator.colourfulness(image))
-                )
-        row = {"images": folder.name, "n": len(values)}
-        for name, x in zip(("reward", "rightness", "colourfulness M"), np.array(values).T, strict=True):
-            low, high = bootstrap((x,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-            row[name] = f"{x.mean():.3f} ({low:.3f} to {high:.3f})"
-        rows.append(row)
+                values["reward"].append(annotator.reward(image, caption))
+                values["rightness"].append(np.mean(list(right.values())))
+                values["colourfulness M"].append(annotator.colourfulness(image))
+        row = {"images": folder.name, "n": len(values["reward"])}
+        rows.append(row | {name: mean(x) for name, x in values.items()})
     print(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, Settings, __doc__)

@@ -14,7 +14,7 @@ if "gpu" not in " ".join(sys.argv[1:]):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
 
@@ -31,18 +31,45 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def demo_pipe():
     """The demo model as hasty_sample.py loads it, float32 on the CPU."""
-    import hasty_sample
+    import helpers
 
-    settings = hasty_sample.with_demo(hasty_sample.Settings())
-    hasty_sample.quiet_libraries()
-    return hasty_sample.load_pipeline(settings, torch.device("cpu"), torch.float32)
+    from dipo.models import quiet_libraries
+
+    quiet_libraries()
+    return helpers.load()
+
+
+@pytest.fixture(scope="session")
+def random_judges(tmp_path_factory):
+    """Folders of a random CLIPModel with processor and of a random open_clip model, in the layouts of the real ones."""
+    import json
+
+    import make_judges
+    import open_clip
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("judges")
+    settings = make_judges.Settings(tokenizer=str(DEMO / "tokenizer"))
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
+    torch.manual_seed(0)
+    for name in make_judges.JUDGES:
+        (folder / name).mkdir()
+    model = make_judges.make_pickscore(tokenizer)
+    make_judges.save_pickscore(model, settings, folder / "pickscore")
+    config = make_judges.make_hpsv2(tokenizer)
+    (folder / "demo-hpsv2.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "demo-hpsv2.json")
+    make_judges.save_hpsv2(open_clip.create_model("demo-hpsv2"), config, settings, folder / "hpsv2")
+    return folder
 
 
 @pytest.fixture
 def run(monkeypatch, capfd, tmp_path):
-    """run("script", "--flag", ...) runs a script's main() in this process, inside tmp_path; returns the exit code,
+    """run("script", "--flag", ...) runs a script in this process, inside tmp_path; returns the exit code,
     standard output and standard error."""
     import importlib
+
+    from dipo import cli
 
     monkeypatch.chdir(tmp_path)
 
@@ -51,7 +78,9 @@ def run(monkeypatch, capfd, tmp_path):
         capfd.readouterr()
         code = 0
         try:
-            importlib.import_module(script).main()
+            module = importlib.import_module(script)
+            again = ["--resume goes on"] if script == "train_dipo" else []
+            cli.run(module.main, module.Settings, module.__doc__, *again)
         except SystemExit as e:
             code = e.code
         out, err = capfd.readouterr()

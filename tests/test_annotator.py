@@ -12,10 +12,13 @@ import torch
 import world
 from conftest import DEMO, ROOT
 from diffusers import UNet2DConditionModel
+from helpers import latents
 from PIL import Image, ImageEnhance
 
-import compare_quality as cq
-import hasty_sample as hs
+from dipo.judges import HPSv2, PickScore
+from dipo.models import decode
+from dipo.settings import DEMO_PATHS
+from dipo.timesteps import ddim_timesteps
 
 SHIPPED = ROOT / "assets/demo/pickapic"
 
@@ -108,26 +111,18 @@ def test_pairs_under_a_caption_are_of_different_pictures():
     assert again.equals(pairs)
 
 
-def test_the_trained_unet_fits_the_demo_pipeline_and_is_preferred(demo_pipe):
+def test_the_trained_unet_fits_the_demo_pipeline_and_is_preferred(demo_pipe, monkeypatch):
     """The full measurement is demo/measure_dpo.py's: at least 60 % of 300 with 50 steps."""
     base = UNet2DConditionModel.from_pretrained(DEMO / "unet")
-    config = [json.loads((p / "config.json").read_text()) for p in (DEMO / "unet", ROOT / hs.DEMO_DPO_UNET)]
+    config = [json.loads((p / "config.json").read_text()) for p in (DEMO / "unet", ROOT / DEMO_PATHS["dpo_unet"])]
     assert all(config[0][k] == v for k, v in config[1].items() if not k.startswith("_"))
     scenes = world.sample_scenes("held_out", 18, 11)
     captions = [world.caption(s) for s in scenes]
     rewards = []
     for unet in (base, demo_pipe.unet):
-        latents = hs.ddim_sample(
-            unet,
-            demo_pipe.scheduler.alphas_cumprod,
-            hs.ddim_timesteps(20, "leading"),
-            *hs.encode_prompts(demo_pipe, captions, "", True),
-            [torch.Generator().manual_seed(i) for i in range(18)],
-            64,
-            64,
-            vae_scale_factor=demo_pipe.vae_scale_factor,
-        )
-        pictures = demo_pipe.image_processor.postprocess(hs.decode(demo_pipe.vae, latents))
+        monkeypatch.setattr(demo_pipe, "unet", unet)
+        x = latents(demo_pipe, captions, ddim_timesteps(20, "leading"), seeds=range(18))
+        pictures = demo_pipe.image_processor.postprocess(decode(demo_pipe.vae, x))
         rewards.append(np.array([annotator.reward(p, c) for p, c in zip(pictures, captions, strict=True)]))
     assert (rewards[1] > rewards[0]).mean() > 0.6
 
@@ -135,8 +130,9 @@ def test_the_trained_unet_fits_the_demo_pipeline_and_is_preferred(demo_pipe):
 @pytest.mark.parametrize("judge", ["pickscore", "hpsv2"])
 def test_the_shipped_judges_agree_with_the_annotator(judge):
     """demo/make_judges.py measures at least 80 % of the 364 held-out pairs that are no ties."""
-    s = cq.Settings(**cq.DEMO_JUDGES)
-    score = {"pickscore": cq.load_pickscore, "hpsv2": cq.load_hpsv2}[judge](s, torch.device("cpu"), torch.float32)
+    paths = [DEMO_PATHS[name] for name in ("pickscore", "pickscore_processor", "hpsv2")]
+    score = PickScore(*paths[:2]) if judge == "pickscore" else HPSv2(paths[2])
+    score.load(torch.float32)
     table = pd.read_parquet(SHIPPED / "test.parquet")
     table = table[table.label_0 != 0.5]
     scores = []

@@ -7,8 +7,11 @@ import torch
 import world
 from conftest import DEMO, ROOT
 from diffusers import StableDiffusionXLPipeline
+from helpers import latents
 
-import hasty_sample as hs
+import hasty_sample
+from dipo.models import decode
+from dipo.timesteps import ddim_timesteps, successive
 
 
 def test_the_same_seed_draws_the_same_picture():
@@ -52,7 +55,7 @@ def test_lab_agrees_with_published_values():
 
 def test_the_shipped_prompts_are_held_out_captions():
     held_out = {world.caption(s) for s in world.scenes("held_out")}
-    prompts = (ROOT / hs.DEMO_PROMPTS).read_text(encoding="utf-8").splitlines()
+    prompts = (ROOT / hasty_sample.DEMO["prompts"]).read_text(encoding="utf-8").splitlines()
     assert len(prompts) >= 9 and set(prompts) <= held_out
 
 
@@ -76,17 +79,8 @@ def test_the_shipped_demo_stays_small():
 def sample_pictures(demo_pipe):
     """36 scenes of held-out captions and their pictures by our own loop, 20 steps."""
     scenes = world.sample_scenes("held_out", 36, 2)
-    latents = hs.ddim_sample(
-        demo_pipe.unet,
-        demo_pipe.scheduler.alphas_cumprod,
-        hs.ddim_timesteps(20, "leading"),
-        *hs.encode_prompts(demo_pipe, [world.caption(s) for s in scenes], "", True),
-        [torch.Generator().manual_seed(i) for i in range(36)],
-        64,
-        64,
-        vae_scale_factor=demo_pipe.vae_scale_factor,
-    )
-    return scenes, demo_pipe.image_processor.postprocess(hs.decode(demo_pipe.vae, latents))
+    x = latents(demo_pipe, [world.caption(s) for s in scenes], ddim_timesteps(20, "leading"), seeds=range(36))
+    return scenes, demo_pipe.image_processor.postprocess(decode(demo_pipe.vae, x))
 
 
 def share_right(scenes, pictures):
@@ -100,12 +94,11 @@ def test_pictures_have_the_colours_that_their_captions_name(demo_pipe):
 
 def test_a_wrong_sampler_does_not_get_the_colours_right(demo_pipe, monkeypatch):
     """Steps of one timestep each instead of the whole gap, as a loop would take that ignores the subsequence."""
-    whole = hs.ddim_coefficients
 
-    def one_timestep(alphas_cumprod, timesteps, eta):
-        return torch.cat([whole(alphas_cumprod, [t, t - 1], eta)[:1] for t in timesteps])
+    def one_timestep(scheduler, tau, device):
+        return [(t, a_t, float(scheduler.alphas_cumprod[t - 1])) for t, a_t, _ in successive(scheduler, tau, device)]
 
-    monkeypatch.setattr(hs, "ddim_coefficients", one_timestep)
+    monkeypatch.setattr(hasty_sample, "successive", one_timestep)
     assert share_right(*sample_pictures(demo_pipe)) < 0.5
 
 

@@ -1,8 +1,10 @@
-"""download_models.py against a hub on the loopback interface (hub.py), by the real huggingface_hub and datasets."""
+"""download_models.py and its part of dipo/ against a hub on the loopback interface (hub.py), by the real huggingface_hub and
+datasets."""
 
 import ast
 import errno
 import hashlib
+import importlib
 import io
 import os
 import shutil
@@ -25,6 +27,8 @@ import compare_quality as cq
 import download_models as dm
 import hasty_sample as hs
 import train_dipo as td
+from dipo import checksums, cli, files, pairs
+from dipo import hub as dipo_hub
 
 REPO = {name: source.repo for name, source in dm.SOURCES.items()}
 
@@ -81,6 +85,11 @@ def hub(repositories, monkeypatch):
         yield hub
 
 
+def hear_ctrl_c():
+    """A suite that runs in the background of a shell has SIGINT ignored, which its children would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def download(hub, tmp_path):
     """download("--all", ...) runs the script as a user does, in its own process, in a folder with a cache of its own;
@@ -91,10 +100,16 @@ def download(hub, tmp_path):
         return known | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "COLUMNS": "200", **more}
 
     def call(*arguments, wait=True, first="", **more):
-        start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import download_models as dm; exec({first!r}); dm.main()"
+        start = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import download_models as dm
+from dipo import cli, hub, pickapic
+exec({first!r})
+cli.run(dm.main, dm.Settings, dm.__doc__)"""
         command = [sys.executable, *(["-c", start] if first else [str(ROOT / "download_models.py")]), *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment(**more), **pipes)
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment(**more), preexec_fn=hear_ctrl_c, **pipes)
         if not wait:
             return process
         out, err = process.communicate(timeout=100)
@@ -133,7 +148,9 @@ def test_the_judges(download, hub, tmp_path):
 
 
 def test_a_second_run_fetches_nothing(download, hub, tmp_path):
-    assert download("--only", "vae")[0] == 0
+    """Nor does the first one fetch twice what is named twice."""
+    code, out, _ = download("--only", "vae", "vae")
+    assert code == 0 and out.count("vae: 2 files, ") == 1 and len(hub.fetched()) == 2
     hub.requests.clear()
     code, out, _ = download("--only", "vae")
     assert code == 0 and hub.fetched() == [] and "to fetch: 0.0 kB" in out
@@ -267,7 +284,7 @@ def test_transient_damage_is_repaired(download, hub, tmp_path):
 def test_refused(status, code, words, download, hub, tmp_path):
     """One line for the repository that is refused, exit code 1, and the others are there."""
     hub.refuse[REPO["vae"]] = (status, code)
-    exit_code, out, err = download("--only", "vae", "hpsv2", first="dm.WAITS = (0.1, 0.1)")
+    exit_code, out, err = download("--only", "vae", "hpsv2", first="hub.WAITS = (0.1, 0.1)")
     assert exit_code == 1 and err.count("error:") == 1 and REPO["vae"] in err
     assert all(word in err for word in words), err
     assert (tmp_path / "models/hpsv2/HPS_v2.1_compressed.pt").exists() and "vae" not in out
@@ -280,7 +297,7 @@ def test_passing_failures_are_waited_out(where, download, hub, tmp_path):
     """A hub or its storage that is busy, or a storage address that has expired, for two requests: the run goes on."""
     getattr(hub, where)[REPO["vae"]] = (503, "") if where != "refuse_storage" else (403, "")
     hub.refusals = 2
-    code, _, err = download("--only", "vae", first="dm.WAITS = (0.1, 0.1, 0.1)")
+    code, _, err = download("--only", "vae", first="hub.WAITS = (0.1, 0.1, 0.1)")
     assert code == 0 and not err and hub.refusals == 0
     assert (tmp_path / "models/vae/config.json").exists()
 
@@ -304,7 +321,7 @@ def test_what_was_deleted_is_not_shown(download, hub, tmp_path):
     assert code == 1 and "was deleted" in err and "vae: str" not in out and "hpsv2: str" in out
     # The whole file was announced, as nothing of it could be kept.
     assert "to fetch: 3.0 MB" in out
-    assert dm.read_sums(tmp_path / "models").keys() == {"hpsv2"}
+    assert checksums.read_sums(tmp_path / "models").keys() == {"hpsv2"}
 
 
 def test_another_revisions_files_go(download, hub, tmp_path):
@@ -318,7 +335,7 @@ def test_another_revisions_files_go(download, hub, tmp_path):
 
 
 def test_no_secrets_in_messages():
-    said = dm.brief(OSError("at https://me:secret@host:9/a?X-Signature=abc&b=c, and http://x@y/z (gone)"))
+    said = dipo_hub.brief(OSError("at https://me:secret@host:9/a?X-Signature=abc&b=c, and http://x@y/z (gone)"))
     assert said == "at https://host:9/a, and http://y/z (gone)"
 
 
@@ -393,9 +410,9 @@ def online(monkeypatch):
 
 def test_no_room(online, monkeypatch, run, tmp_path):
     """Refused before anything is fetched."""
-    monkeypatch.setattr(dm.huggingface_hub, "HfApi", lambda: fake_api(dm.SOURCES["vae"], 3_000_000_000))
+    monkeypatch.setattr(dipo_hub.huggingface_hub, "HfApi", lambda: fake_api(dm.SOURCES["vae"], 3_000_000_000))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 9 * 10**9, 10**9))
-    monkeypatch.setattr(dm, "fetch", None)
+    monkeypatch.setattr(dipo_hub, "fetch", None)
     code, _, err = run("download_models", "--only", "vae")
     assert code == 1 and "3.0 GB needed, 1.0 GB free; make room" in err and str(tmp_path / "models") in err
     code, _, err = run("download_models", "--dataset", 10_000)
@@ -415,7 +432,8 @@ def test_disk_full_midway(download, hub, tmp_path):
     """The write of a file fails with ENOSPC: one line; what arrived before stays, and the next run goes on."""
     source = dm.SOURCES["vae"]
     data = hub.repos["models"][source.repo][source.files[1]]
-    part = dm.part_path(tmp_path / "models/vae", dm.File(source.files[1], len(data), hashlib.sha256(data).hexdigest()))
+    file = checksums.File(source.files[1], len(data), hashlib.sha256(data).hexdigest())
+    part = dipo_hub.Snapshot(source, source.revision, [file], tmp_path / "models/vae").part(file)
     part.parent.mkdir(parents=True)
     part.symlink_to("/dev/full")
     code, _, err = download("--only", "vae")
@@ -431,9 +449,9 @@ def test_folder_that_cannot_be_written(number, online, monkeypatch, run):
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number), "somewhere")
 
-    monkeypatch.setattr(dm.huggingface_hub, "HfApi", lambda: fake_api(dm.SOURCES["vae"], 1000))
-    monkeypatch.setattr(dm, "Part", refuse)
-    monkeypatch.setattr(dm.huggingface_hub, "get_hf_file_metadata", lambda url: fake_metadata(url))
+    monkeypatch.setattr(dipo_hub.huggingface_hub, "HfApi", lambda: fake_api(dm.SOURCES["vae"], 1000))
+    monkeypatch.setattr(dipo_hub, "Part", refuse)
+    monkeypatch.setattr(dipo_hub.huggingface_hub, "get_hf_file_metadata", lambda url: fake_metadata(url))
     code, _, err = run("download_models", "--only", "vae")
     assert code == 1 and err.count("error:") == 1 and "--output-dir" in err.splitlines()[-1]
 
@@ -516,7 +534,7 @@ def saved_pairs(folder: Path) -> pd.DataFrame:
 
 def test_first_usable_pairs(download, pickapic, hub, tmp_path):
     """The first N rows with a winner and two pictures, in the data set's own columns, in files that train_dipo.py reads."""
-    code, out, err = download("--dataset", 10, first="dm.PAIRS_PER_FILE = 4")
+    code, out, err = download("--dataset", 10, first="pickapic.PAIRS_PER_FILE = 4")
     folder = tmp_path / "models/pickapic"
     assert code == 0 and not err and "pickapic: 10 pairs in models/pickapic" in out
     assert files_in(tmp_path / "models") == {
@@ -525,9 +543,9 @@ def test_first_usable_pairs(download, pickapic, hub, tmp_path):
     }
     pd.testing.assert_frame_equal(saved_pairs(folder), pickapic[:10].reset_index(drop=True))
     assert pd.read_parquet(folder / "test_unique.parquet").to_dict("list") == {"caption": ["a cat", "a dog"]}
-    rows = list(td.open_dataset(str(folder)))
-    assert [row["caption"] for row in rows] == pickapic.caption[:10].tolist() and set(rows[0]) == set(td.COLUMNS)
-    assert all(td.read_pair(row, 8) is not None for row in rows)
+    rows = list(pairs.open_dataset(str(folder)))
+    assert [row["caption"] for row in rows] == pickapic.caption[:10].tolist() and set(rows[0]) == set(pairs.COLUMNS)
+    assert all(pairs.read_pair(row, 8) is not None for row in rows)
     # 10 of the usable rows are in the first two files: the third is not touched.
     assert not any("train-00002" in path and "/resolve/" in path for _, path, _ in hub.requests)
     assert download("--check")[:2] == (0, "pickapic: 4 files, none damaged or missing\n")
@@ -540,25 +558,25 @@ def test_pairs_go_on_after_kill(download, pickapic, tmp_path):
     """Killed when two files of pairs are written and the second is not on record yet: the pairs are those of one run."""
     kill = """
 import os
-dm.PAIRS_PER_FILE, write, calls = 4, dm.write, []
+pickapic.PAIRS_PER_FILE, write, calls = 4, pickapic.write_text, []
 def killed(*arguments):
     calls.append(arguments)
     if len(calls) == 3:
         os.kill(os.getpid(), 9)
     write(*arguments)
-dm.write = killed
+pickapic.write_text = killed
 """
     code, _, _ = download("--dataset", 12, first=kill)
     folder = tmp_path / "models/pickapic"
     assert code == -signal.SIGKILL and len(list(folder.glob("train-*.parquet"))) == 2
-    code, _, err = download("--dataset", 12, first="dm.PAIRS_PER_FILE = 4")
+    code, _, err = download("--dataset", 12, first="pickapic.PAIRS_PER_FILE = 4")
     assert code == 0 and not err
     pd.testing.assert_frame_equal(saved_pairs(folder), pickapic[:12].reset_index(drop=True))
 
 
 def test_more_pairs_than_there_are(download, pickapic, hub, tmp_path):
     """A larger N adds to the pairs; where the data set ends, that is said; a damaged file is made anew."""
-    first = "dm.PAIRS_PER_FILE = 4"
+    first = "pickapic.PAIRS_PER_FILE = 4"
     assert download("--dataset", 6, first=first)[0] == 0
     code, out, _ = download("--dataset", 99, first=first)
     folder = tmp_path / "models/pickapic"
@@ -595,7 +613,6 @@ def test_missing_data_set(download, hub):
 
 def test_settings_of_the_scripts():
     """The flags that are printed are flags of the scripts, and every model of theirs can be fetched."""
-    studies = [ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")) for name in STUDIES[1:]]
     for script, module in (("hasty_sample.py", hs), ("train_dipo.py", td), ("compare_quality.py", cq)):
         defaults = {f.name: f.default for f in fields(module.Settings)}
         repos = {source.repo: name.replace("-", "_") for name, source in dm.SOURCES.items()} | {dm.PICKAPIC.repo: "pickapic"}
@@ -603,9 +620,8 @@ def test_settings_of_the_scripts():
         assert set(takes) == set(dm.SCRIPTS[script]) - {"dataset"}
         assert all(repos[defaults[name]] == name for name in takes)
     assert td.Settings.dataset == dm.PICKAPIC.repo
-    for tree in studies:
-        settings = next(x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "Settings")
-        names = {x.target.id for x in settings.body if isinstance(x, ast.AnnAssign)}
+    for name in STUDIES[1:]:
+        names = {f.name for f in fields(importlib.import_module(name).Settings)}
         assert set(dm.SCRIPTS["compare_quality.py"]) - names == {"clip"}
 
 
@@ -646,7 +662,7 @@ def test_all_layout(everything):
     }
     assert not any(f.endswith((".bin", ".onnx", ".msgpack")) for f in files_in(folder))
     assert files_in(folder / "parti") == {"PartiPrompts.tsv"}
-    assert set(dm.read_sums(folder)) == set(dm.SOURCES)
+    assert set(checksums.read_sums(folder)) == set(dm.SOURCES)
 
 
 def flags(out: str, script: str) -> list[str]:
@@ -678,7 +694,7 @@ def test_scripts_use_it_without_network(everything, no_network, run, tmp_path):
         "hasty_sample", *flags(out, "hasty_sample.py"), *size, "--num-inference-steps", 2, "--prompts", "parti"
     )
     assert code == 0, err
-    assert hs.read_record(tmp_path / "out/00000.png")["prompt"] == "a red circle"
+    assert files.read_record(tmp_path / "out/00000.png")["prompt"] == "a red circle"
     study = ("--steps", 1, 2, "--baseline-steps", 3, "--prompts", "parti", "--limit", 1, "--batch-size", 2)
     code, _, err = run("compare_quality", *flags(out, "compare_quality.py"), *study, "--output-dir", "study")
     assert code == 0, err
@@ -697,19 +713,23 @@ def test_scripts_use_it_without_network(everything, no_network, run, tmp_path):
 
 
 def test_pasted_lines_work(everything, tmp_path, monkeypatch):
-    """What is printed to be pasted, put below the model paths of hasty_sample.py, changes its defaults."""
+    """What is printed to be pasted, put below the model paths of hasty_sample.py's Settings, changes its defaults."""
     folder, out = everything
     lines = [line for line in out.splitlines() if line.startswith("    ") and ": str = " in line]
     assert len(lines) == len(dm.SOURCES)
     script = (ROOT / "hasty_sample.py").read_text(encoding="utf-8")
-    place = script.index("    demo: bool = False")
-    (tmp_path / "pasted.py").write_text(script[:place] + "\n".join(lines) + "\n\n" + script[place:], encoding="utf-8")
+    settings = next(x for x in ast.parse(script).body if isinstance(x, ast.ClassDef) and x.name == "Settings")
+    paths = [x for x in settings.body if isinstance(x, ast.AnnAssign) and x.target.id in dm.SCRIPTS["hasty_sample.py"]]
+    rows = script.splitlines()
+    last = max(x.end_lineno for x in paths)
+    rows[last:last] = lines
+    (tmp_path / "pasted.py").write_text("\n".join(rows), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     import pasted
 
     monkeypatch.setattr(sys, "argv", ["pasted.py"])
-    s = pasted.parse_settings(pasted.Settings, "")
+    s = cli.parse(pasted.Settings, "")
     assert (s.base_model, s.vae) == (str(folder / "base-model"), str(folder / "vae"))
     monkeypatch.setattr(sys, "argv", ["pasted.py", "--help"])
     with pytest.raises(SystemExit):
-        pasted.parse_settings(pasted.Settings, "")
+        cli.parse(pasted.Settings, "")

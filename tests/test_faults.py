@@ -22,9 +22,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from helpers import pixels
 from PIL import Image
 from safetensors import safe_open
 from test_train_dipo import FLAGS, pairs_file, same, tiny, weights  # noqa: F401
+
+from dipo import cli, judges
 
 SCRIPTS = ("hasty_sample", "train_dipo", "compare_quality", "Ablation_experiment", "Semantic_Categories")
 SCRIPTS += ("Human_Preference_compare",)
@@ -77,21 +80,15 @@ def kill_in_call(module, name: str, n: int) -> None:
 
 def kill_in_scorer(module, n: int) -> None:
     """kill -9 at the n-th batch of the second judge."""
-    load = module.load_hpsv2
+    real, calls = judges.HPSv2.__call__, []
 
-    def loaded(*arguments):
-        scorer, calls = load(*arguments), []
+    def counted(self, *batch):
+        calls.append(1)
+        if len(calls) == n:
+            die()
+        return real(self, *batch)
 
-        def counted(*batch):
-            calls.append(1)
-            if len(calls) == n:
-                die()
-            return scorer(*batch)
-
-        counted.model = scorer.model
-        return counted
-
-    module.load_hpsv2 = loaded
+    judges.HPSv2.__call__ = counted
 
 
 def kill_before_rename(module, pattern: str, n: int) -> None:
@@ -157,7 +154,8 @@ def inside(script: str, arguments: tuple, folder: str, fault: tuple) -> None:
     sys.argv = [f"{script}.py", *map(str, arguments)]
     if fault:
         globals()[fault[0]](module, *fault[1:])
-    module.main()
+    again = ["--resume goes on"] if script == "train_dipo" else []
+    cli.run(module.main, module.Settings, module.__doc__, *again)
 
 
 @pytest.fixture
@@ -231,11 +229,6 @@ def pictures(folder: Path) -> dict[Path, int]:
     return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("0*.png")}
 
 
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image).astype(int)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """undisturbed(script, flags): the folder of a run to which nothing happened, made once. The names that it opened for
@@ -279,7 +272,7 @@ KILLS = {
     "writing a PNG": ("hasty_sample", ("kill_before_rename", "*/00001.png", 1), 1, 1),
     "writing images.csv": ("hasty_sample", ("kill_before_rename", "*/images.csv", 1), 3, 3),
     "writing the grid": ("hasty_sample", ("kill_before_rename", "*/grid.png", 1), 3, 3),
-    "sampling, compare_quality": ("compare_quality", ("kill_in_call", "sample_latents", 5), 2, 9),
+    "sampling, compare_quality": ("compare_quality", ("kill_in_call", "sample", 5), 2, 9),
     "decoding, Ablation_experiment": ("Ablation_experiment", ("kill_in_call", "decode", 4), 2, 6),
     "scoring, Semantic_Categories": ("Semantic_Categories", ("kill_in_scorer", 2), 6, 6),
     "writing scores.csv": ("Human_Preference_compare", ("kill_before_rename", "*/scores.csv", 2), 12, 12),

@@ -1,7 +1,7 @@
 """Prompts are data: whatever they hold, no file lands outside the output folder, and every CSV and PNG can be read."""
 
 import csv
-import importlib
+import unicodedata
 from pathlib import Path
 
 import pandas as pd
@@ -9,8 +9,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import compare_quality as cq
-import hasty_sample as hs
+from dipo.files import csv_text, read_record
+from dipo.prompts import by_category, one_line, read_prompts
+from dipo.scores import Scores
 
 HOSTILE = [
     *("../../escape", "/etc/passwd", "..", ".", "~", "C:\\windows\\system32", "a/b/c.png", "00000.png", "con", "nul.txt"),
@@ -62,7 +63,7 @@ def check_folder(folder, images):
             assert len({len(row) for row in rows}) == 1 and len(rows) == len(pd.read_csv(path)) + 1, path
             texts = [cell for row in rows for cell in row if not is_number(cell)]
             assert not any(cell.startswith(("=", "+", "-", "@")) for cell in texts), path
-            assert all(c.isprintable() or hs.unicodedata.category(c) != "Cc" for cell in texts for c in cell)
+            assert all(c.isprintable() or unicodedata.category(c) != "Cc" for cell in texts for c in cell)
     assert len(list(folder.rglob("0*.png"))) == images
 
 
@@ -75,10 +76,10 @@ def is_number(cell):
 
 
 def test_texts_are_made_harmless_and_no_more():
-    assert hs.one_line(" a \n b\x00\x1b[31m\tc ") == "a b[31m c"
-    assert hs.one_line("👩\u200d👧") == "👩\u200d👧"
+    assert one_line(" a \n b\x00\x1b[31m\tc ") == "a b[31m c"
+    assert one_line("👩\u200d👧") == "👩\u200d👧"
     texts = {"=1": "'=1", "+1": "'+1", "-1": "'-1", "@a": "'@a", "1=1": "1=1", "": "", "'=1": "'=1"}
-    assert {x: hs.csv_text(x) for x in texts} == texts
+    assert {x: csv_text(x) for x in texts} == texts
 
 
 def test_hasty_sample(run, prompts, tmp_path):
@@ -87,17 +88,17 @@ def test_hasty_sample(run, prompts, tmp_path):
         *("--negative-prompt", "=1+1\n\ttwo", "--output-dir", "out"),
     )
     assert code == 0 and "Traceback" not in err, err
-    wanted = [hs.one_line(p) for p in HOSTILE]
+    wanted = [one_line(p) for p in HOSTILE]
     check_folder(tmp_path / "out", len(wanted))
     assert len(wanted) >= 50 and all(wanted)
     for i, prompt in enumerate(wanted):
-        record = hs.read_record(Path(f"out/{i:05d}.png"))
+        record = read_record(Path(f"out/{i:05d}.png"))
         assert record["prompt"] == prompt
         with Image.open(f"out/{i:05d}.png") as image:
             first, second, last = image.info["parameters"].split("\n")
         assert first == prompt and second == "Negative prompt: =1+1 two" and last.startswith("Steps: 2, Sampler: DDIM")
     table = pd.read_csv("out/images.csv", keep_default_na=False, dtype=str)
-    assert table["prompt"].tolist() == [hs.csv_text(p) for p in wanted]
+    assert table["prompt"].tolist() == [csv_text(p) for p in wanted]
     # And the same command goes on with what it made.
     code, out, err = run(
         *("hasty_sample", "--demo", "--prompts", prompts, "--num-inference-steps", 2, "--batch-size", 12),
@@ -114,12 +115,12 @@ def test_studies(run, prompts, tmp_path, monkeypatch, script):
     assert "\x1b[31m" not in out and "\x00" not in out
     check_folder(tmp_path / "out", len(HOSTILE) * {"c": 3, "H": 4}.get(script[0], 2))
     scores = pd.read_csv("out/scores.csv", keep_default_na=False, dtype=str)
-    assert set(scores["prompt"]) == {hs.csv_text(hs.one_line(p)) for p in HOSTILE}
+    assert set(scores["prompt"]) == {csv_text(one_line(p)) for p in HOSTILE}
     if script == "Semantic_Categories":
         table = pd.read_csv("out/categories.csv", keep_default_na=False, dtype=str)
-        categories = {hs.csv_text(hs.one_line(c)) for c in HOSTILE}
+        categories = {csv_text(one_line(c)) for c in HOSTILE}
         assert set(table["category"]) == categories | {"all"} and set(table["n"]) == {"1", "2", str(len(HOSTILE))}
-    monkeypatch.setattr(importlib.import_module(script), "load_scorers", lambda *_: 1 / 0)
+    monkeypatch.setattr(Scores, "load_judges", lambda *_: 1 / 0)
     assert run(*flags)[0] == 0
 
 
@@ -146,6 +147,7 @@ def test_train_dipo(run, tmp_path):
 
 def test_every_prompt_of_a_text_file_is_its_own(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(HOSTILE), encoding="utf-8")
-    read = hs.read_prompts(str(tmp_path / "p.txt"), "", None)
-    assert read == [p for p, _ in cq.study_prompts(cq.Settings(prompts=str(tmp_path / "p.txt")))]
-    assert all(p == hs.one_line(p) and p for p in read)
+    table = read_prompts(str(tmp_path / "p.txt"))
+    read = table["prompt"].tolist()
+    assert read == by_category(table, (), None, "p.txt")["prompt"].tolist()
+    assert all(p == one_line(p) and p for p in read)

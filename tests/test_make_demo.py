@@ -26,7 +26,7 @@ def test_a_stopped_training_ends_with_the_same_weights(tmp_path):
                 raise KeyboardInterrupt
             return module(data[i]).square().mean()
 
-        make_demo.train("x", folder, module.parameters(), {"module": module}, step, 20, 1e-2, 4, ema)
+        make_demo.train(folder / "x.pt", {"module": module}, step, 20, 1e-2, 4, ema=ema)
         return [*module.parameters(), *ema.shadow_params]
 
     whole = train(tmp_path / "whole")
@@ -53,4 +53,4 @@ def test_all_stages_leave_a_pipeline_that_loads(tmp_path):
     loaded = pipe.text_encoder.state_dict()
     assert all(torch.equal(loaded[name].half(), weight.half()) for name, weight in saved.items())
     done = subprocess.run([*script, *flags, "--seed", "1", *stages[:2]], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "was begun with" in done.stderr
+    assert done.returncode == 2 and "was begun with" in done.stderr

@@ -24,8 +24,11 @@ from conftest import DEMO, ROOT
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from filelock import FileLock
 from PIL import Image
+from safetensors import SafetensorError
 
 import train_dipo as td
+from dipo import cache, checkpoints, training
+from dipo.pairs import Pairs, make_loader, open_dataset, random_draws, read_pair, read_picture
 
 
 @pytest.fixture(scope="session")
@@ -176,8 +179,8 @@ def test_the_winner_comes_first_whatever_its_column_and_ties_are_dropped(tmp_pat
     labels = [1.0, 0.0, 0.5, 1.0, 0.0, None]
     rows = [{"jpg_0": jpeg(red), "jpg_1": jpeg(blue), "caption": f"{i}", "label_0": v} for i, v in enumerate(labels)]
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
-    stream = td.open_dataset(str(tmp_path))
-    items = list(td.Pairs(stream, lambda row: td.read_pair(row, 32), lambda key: {}, 0, 1, epochs=1))
+    stream = open_dataset(str(tmp_path))
+    items = list(Pairs(stream, lambda row: read_pair(row, 32), lambda key: {}, 0, 1, epochs=1))
     assert [x["caption"] for x in items] == ["0", "1", "3", "4"]
     for x, label in zip(items, [1, 0, 1, 0], strict=True):
         assert x["pixels"].shape == (2, 32, 32, 3)
@@ -211,8 +214,10 @@ def test_latents_are_the_vaes_and_dropped_captions_are_the_pipelines_uncondition
     pixels = torch.from_numpy(np.stack([np.asarray(picture), np.asarray(other)]))
     batch = {"pixels": torch.stack([pixels, pixels]), "caption": [caption, caption]}
     batch |= {"posterior_noise": torch.zeros(2, 2, 4, 16, 16), "drop_caption": torch.tensor([False, True])}
-    text, pooled = td.encode_captions(demo_pipe, [""])
-    latents, embeds, pooled = td.prepare_batch(demo_pipe, batch, (text * 0, pooled * 0))
+    text, pooled = training.encode_captions(demo_pipe, [""])
+    latents, given = training.prepare_batch(demo_pipe, batch, (text * 0, pooled * 0))
+    embeds, pooled = given.prompt_embeds, given.pooled_embeds
+    assert given.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 4
     x = demo_pipe.image_processor.preprocess([picture, other])
     with torch.no_grad():
         expected = demo_pipe.vae.encode(x).latent_dist.mean * demo_pipe.vae.config.scaling_factor
@@ -252,7 +257,7 @@ def keep_key(key):
 
 def number_pairs(folder, files=3, read=read_number, **options):
     options = {"seed": 0, "shuffle_buffer": 7, **options}
-    return td.Pairs(stream(folder, files), read, keep_key, **options)
+    return Pairs(stream(folder, files), read, keep_key, **options)
 
 
 def take(pairs, n):
@@ -287,7 +292,7 @@ def test_the_stream_goes_on_exactly_where_it_was(numbers, options):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_goes_on_exactly_where_it_was(numbers, workers):
     def loader():
-        return td.make_loader(number_pairs(numbers), 4, workers, False)
+        return make_loader(number_pairs(numbers), 4, workers, torch.device("cpu"))
 
     first = loader()
     batches = iter(first)
@@ -321,16 +326,16 @@ def test_unreadable_pairs_are_skipped_and_counted_and_the_rest_keeps_its_noise(n
 def test_pictures_are_scaled_and_cut_about_their_centre():
     picture = Image.new("RGB", (300, 100), "red")
     picture.paste((0, 0, 255), (100, 0, 200, 100))
-    cut = td.read_picture(jpeg(picture), 64)
+    cut = read_picture(jpeg(picture), 64)
     assert cut.shape == (64, 64, 3) and (cut[..., 2] > 200).mean() > 0.95
-    assert td.read_picture({"bytes": jpeg(picture), "path": None}, 8).shape == (8, 8, 3)
-    assert td.read_pair({"jpg_0": jpeg(picture)[:200], "jpg_1": jpeg(picture), "caption": "", "label_0": 1}, 8) is None
+    assert read_picture({"bytes": jpeg(picture), "path": None}, 8).shape == (8, 8, 3)
+    assert read_pair({"jpg_0": jpeg(picture)[:200], "jpg_1": jpeg(picture), "caption": "", "label_0": 1}, 8) is None
 
 
 def test_random_draws_depend_on_their_key_alone():
-    a, b, c = (td.random_draws(key, (4, 8, 8), 1000, 0.2) for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
+    a, b, c = (random_draws(key, (4, 8, 8), 1000, 0.2) for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
     assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["noise"], c["noise"])
-    many = [td.random_draws((7, i), (4, 8, 8), 1000, 0.2) for i in range(2000)]
+    many = [random_draws((7, i), (4, 8, 8), 1000, 0.2) for i in range(2000)]
     t = np.array([int(x["timestep"]) for x in many])
     assert t.min() >= 0 and t.max() <= 999 and abs(t.mean() - 499.5) < 4 * 288.7 / math.sqrt(2000)
     assert abs(np.mean([bool(x["drop_caption"]) for x in many]) - 0.2) < 0.04
@@ -353,11 +358,11 @@ def test_model_and_reference_agree_to_the_last_bit_before_training(demo_pipe, dt
     with torch.no_grad():
         for p in unet.parameters():  # weights that bf16 cannot hold, in the norms too
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
-    reference = td.make_reference(unet, dtype, torch.float32)
+    reference = training.make_reference(unet, dtype, torch.float32)
     assert torch.equal(predictions(unet, dtype), predictions(reference, dtype))
     assert not any(p.requires_grad for p in reference.parameters()) and all(p.requires_grad for p in unet.parameters())
     if dtype == torch.bfloat16:
-        everything = td.make_reference(unet, dtype, torch.bfloat16)
+        everything = training.make_reference(unet, dtype, torch.bfloat16)
         assert not torch.equal(predictions(unet, dtype), predictions(everything, dtype))
 
 
@@ -365,7 +370,7 @@ def test_model_and_reference_agree_to_the_last_bit_before_training(demo_pipe, dt
 def test_the_loras_reference_is_the_base_model(tiny, dtype):
     base = UNet2DConditionModel.from_pretrained(tiny / "unet").to(dtype)
     unet = UNet2DConditionModel.from_pretrained(tiny / "unet")
-    td.add_lora(unet, 4, dtype)
+    training.add_lora(unet, 4, dtype)
     expected = predictions(base, torch.bfloat16)
     assert torch.equal(predictions(unet, torch.bfloat16), expected)
     trained = [p for p in unet.parameters() if p.requires_grad]
@@ -374,8 +379,8 @@ def test_the_loras_reference_is_the_base_model(tiny, dtype):
         for p in trained:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     assert not torch.equal(predictions(unet, torch.bfloat16), expected)
-    with td.adapter_off(unet):
-        assert torch.equal(predictions(unet, torch.bfloat16), expected)
+    with training.base_model(unet, unet, None) as same_unet:
+        assert torch.equal(predictions(same_unet, torch.bfloat16), expected)
     assert [p for p in unet.parameters() if p.requires_grad] == trained
 
 
@@ -388,11 +393,12 @@ def test_a_step_at_the_default_learning_rate_moves_float32_weights_and_not_bf16_
     for dtype, lr in ((torch.float32, rate / default.lr_warmup_steps), (torch.float32, rate), (torch.bfloat16, rate)):
         unet = UNet2DConditionModel.from_pretrained(tiny / "unet").to(dtype)
         parameters = list(unet.parameters())
-        before, step = td.probe(parameters), td.make_optimizer(default, parameters, lr)
+        before, step = training.probe(parameters), training.make_optimizer(default, parameters, lr)
         for p in parameters:
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
         step.step()
-        changed = [(a != b).float().mean().item() for a, b in zip(before, td.probe(parameters), strict=True) if len(a) > 64]
+        after = training.probe(parameters)
+        changed = [(a != b).float().mean().item() for a, b in zip(before, after, strict=True) if len(a) > 64]
         moved[dtype, lr] = np.mean(changed)
     # In bf16 most steps are lost, even in a small model whose weights are larger than SDXL's.
     assert list(moved.values())[:2] > [0.9, 0.95] and list(moved.values())[2] < 0.5
@@ -443,7 +449,8 @@ def test_two_processes_make_the_same_curve_as_one(train, tmp_path, tiny, readabl
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    flags = ("--output-dir", tmp_path / "two", "--max-train-steps", 6, *lora)
+    # Without an accelerator --device auto is the CPU too, where processes have to be told of each other.
+    flags = ("--output-dir", tmp_path / "two", "--max-train-steps", 6, "--device", "auto", *lora)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         launch + command(tiny, readable_file, *flags), capture_output=True, text=True, timeout=300, env=environment
@@ -492,7 +499,7 @@ def test_a_stop_within_the_first_step_and_the_ways_of_a_full_disk(train, tmp_pat
 
     monkeypatch.setattr(td, "prepare_batch", encode)
     for error in (
-        td.SafetensorError("Error while serializing: No space left on device"),
+        SafetensorError("Error while serializing: No space left on device"),
         OSError(28, "No space left on device"),
     ):
 
@@ -530,7 +537,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, damage):
     code, out, err = train(*flags, "--resume")
     assert code == 0 and "step-0000004 is damaged" in err and "going on from out/checkpoints/step-0000002" in out
     assert same(weights(tmp_path / "out"), expected)
-    assert td.find_checkpoint(tmp_path / "out") == last
+    assert checkpoints.find_checkpoint(tmp_path / "out") == last
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "model.safetensors", "custom_checkpoint_0.pkl"])
@@ -546,7 +553,7 @@ def test_a_malicious_checkpoint_is_refused(train, tmp_path, name):
     assert name.startswith("custom") or (folder / name).exists()
     torch.save({"state": Evil(), "step": Evil()}, folder / name)
     sums = json.loads((folder / "checksums.json").read_text())
-    (folder / "checksums.json").write_text(json.dumps(sums | {name: td.checksum(folder / name)}))
+    (folder / "checksums.json").write_text(json.dumps(sums | {name: checkpoints.checksum(folder / name)}))
     code, _, err = train("--output-dir", "out", "--max-train-steps", 3, "--resume")
     assert not (tmp_path / "harm").exists()
     assert "Traceback" not in err and (code == 0 or (code == 2 and "checkpoints/step-0000002 cannot be loaded" in err))
@@ -587,8 +594,8 @@ def test_a_cache_is_finished_after_a_stop_and_refused_for_other_settings(train, 
     assert train("--output-dir", "whole", "--max-train-steps", 1, "--cache-dir", "cache")[0] == 0
     note = json.loads((tmp_path / "cache/cache.json").read_text())
     assert note["complete"] and note["counts"] == {"pairs": 34, "ties": 5, "unreadable": 1}
-    monkeypatch.setattr(td, "CACHE_SHARD", 8)
-    encode, calls = td.encode_pictures, []
+    monkeypatch.setattr(cache, "CACHE_SHARD", 8)
+    encode, calls = cache.encode_pictures, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -596,7 +603,7 @@ def test_a_cache_is_finished_after_a_stop_and_refused_for_other_settings(train, 
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(td, "encode_pictures", interrupted)
+    monkeypatch.setattr(cache, "encode_pictures", interrupted)
     flags = ("--output-dir", "again", "--max-train-steps", 1, "--cache-dir", "cache2")
     assert train(*flags)[0] == 130
     shards = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache2").glob("*.parquet")}
@@ -777,11 +784,11 @@ def test_bad_data_end_with_one_line(train, tmp_path, kind, said):
         (("--output-dir", "file"), "--output-dir file: cannot be written to"),
         (("--cache-dir", "file"), "--cache-dir file: cannot be written to"),
         (("--weight-decay", "-1"), "--weight-decay -1.0: use 0 or more"),
-        (("--validation-prompts", "nothing.txt"), "give a .txt file with a prompt a line"),
+        (("--validation-prompts", "nothing.txt"), "--validation-prompts nothing.txt: no such file or folder"),
         (("--resolution", "60"), "must be a multiple of 16"),
         (("--beta-dpo", "0"), "use a finite number above 0"),
         (("--caption-dropout", "1"), "use 0 (every pair with its caption)"),
-        (("--optimizer", "sgd"), "use one of adafactor, adamw"),
+        (("--optimizer", "sgd"), "'adafactor', 'adamw'"),
         (("--mixed-precision", "fp16"), "needs a CUDA GPU"),
         (("--max-train-steps", "0"), "use 1 or more"),
         (("--max-train-steps", "many"), "max-train-steps"),
@@ -807,11 +814,11 @@ def test_the_defaults_are_the_papers():
     s = td.Settings()
     assert (s.effective_batch_size, s.learning_rate, s.scale_lr, s.beta_dpo) == (2048, 8.192e-9, True, 5000)
     assert (s.max_train_steps, s.lr_warmup_steps, s.dataset) == (1000, 200, "yuvalkirstain/pickapic_v2")
-    assert s.base_model == "stabilityai/stable-diffusion-xl-base-1.0" and td.accumulation_steps(2048, 4, 8) == 64
+    assert s.base_model == "stabilityai/stable-diffusion-xl-base-1.0" and training.accumulation_steps(2048, 4, 8) == 64
 
 
 def test_demo_settings_fill_in_where_nothing_was_given():
-    s = td.with_demo(td.Settings(demo=True, beta_dpo=123.0, output_dir="mine"))
+    s = td.complete(td.Settings(demo=True, beta_dpo=123.0, output_dir="mine"))
     assert s.beta_dpo == 123 and s.dataset == td.DEMO["dataset"] and s.cache_dir == "mine/cache"
     assert s.max_train_steps == td.DEMO["max_train_steps"]
 

@@ -1,0 +1,89 @@
+"""How a script begins and ends: settings from the command line; one line for what its user can put right."""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+import time
+import traceback
+
+import tyro
+
+# What a user can put right about a disk or a folder.
+REPAIRABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class UserError(Exception):
+    """Something that the user can put right: ends the script with one line and this exit code."""
+
+    code = 2
+
+
+class Stopped(Exception):
+    """A signal, whose number it carries, asked the run to end; all processes know, and what was done is saved."""
+
+
+def first_line(e: BaseException) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+def parse(settings: type, description: str):
+    """The settings dataclass from the command line by tyro; what it says of a bad flag, in a box of several lines, becomes
+    one line. Exit code 2 then."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(settings, description=description)
+    except SystemExit:
+        if said.getvalue():
+            # Without the frame, bold type and the help that follows.
+            text = re.sub(r"\x1b\[[\d;]*m|\[/?bold\]|[\u2500-\u257f]", " ", said.getvalue())
+            print("error:", " ".join(text.split()).partition(" Argument helptext:")[0], file=sys.stderr)
+        raise
+
+
+def run(main, settings: type, description: str, again: str = "the same command goes on") -> None:
+    """A script from its command line to its exit code: main(settings). again: how a stopped run is continued.
+
+    Exit codes: 2 for a UserError or a disk that cannot be written to, 130 for Ctrl-C, 128 + n for a signal n, 1 otherwise.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A folder's name may hold letters that the terminal does not.
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    s = parse(settings, description)
+    try:
+        main(s)
+    except UserError as e:
+        end(f"error: {e}", e.code)
+    except Stopped as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped; what is finished is kept, {again}", file=sys.stderr)
+        sys.exit(128 + e.args[0])
+    except KeyboardInterrupt:
+        end(f"stopped; what is finished is kept, {again}", 130)
+    except BrokenPipeError:
+        # Whoever read the output has gone; what Python would say of that at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in REPAIRABLE:
+            place = e.filename or getattr(s, "output_dir", "the disk")
+            end(f"error: {place}: {e.strerror}; what is finished is kept, put that right and {again}", 2)
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        end(traceback.format_exc(), 1)
+
+
+def end(message: str, code: int) -> None:
+    """Print the last line and exit. One process of several must not wait for the others to end in order, as these may be
+    waiting for it; and what all of them found out is said by the first, which has ended the others before they speak."""
+    if rank := int(os.environ.get("RANK", 0)):
+        time.sleep(10)
+        message = f"[process {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,125 @@
+"""What a training run leaves: validation pictures, loss.png, the trained weights with their settings and a model card."""
+
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import huggingface_hub
+import matplotlib.figure
+import pandas as pd
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.utils import get_peft_model_state_dict
+from tqdm import tqdm
+
+from dipo.devices import DTYPES
+from dipo.files import find_path, write_text, written_whole
+from dipo.grids import save_grids
+from dipo.models import decode
+from dipo.training import autocast, picture_size
+
+
+def base_pictures(out: Path, prompts: list[str]) -> list[Path]:
+    return [out / "validation" / f"base-{i}.png" for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def validate(s, pipe, unet, prompts: list[str], accelerator: Accelerator, out: Path, step: int) -> None:
+    """validation/step-N.png: the base model's pictures above those of this step, 30 DDIM steps, guidance 5, same seeds.
+    Step 0 is the base model. Every process samples, as a UNet in parts needs all of them, and the first one writes."""
+    base, main = base_pictures(out, prompts), accelerator.is_main_process
+    made = [p.with_name(f"{step:07d}-{i}.png") for i, p in enumerate(base)] if step else base
+    base[0].parent.mkdir(exist_ok=True)
+    trained_unet, training = pipe.unet, unet.training
+    pipe.unet = accelerator.unwrap_model(unet).eval()
+    options = {"num_inference_steps": 30, "guidance_scale": 5.0, "output_type": "latent"}
+    options["height"] = options["width"] = picture_size(s, pipe)
+    for i, prompt in enumerate(tqdm(prompts, desc="validation", leave=False, disable=not main)):
+        with autocast(accelerator):
+            generator = torch.Generator().manual_seed(i)
+            latents = pipe(prompt, generator=generator, **options).images
+        if main:
+            with written_whole(made[i]) as part:
+                pipe.image_processor.postprocess(decode(pipe.vae, latents))[0].save(part, format="PNG")
+    pipe.unet.train(training)
+    pipe.unet = trained_unet
+    if main and step:
+        save_grids(base[0].parent, f"step-{step:07d}", {"base": base, f"step {step}": made}, prompts, columns=len(prompts))
+        for path in made:
+            path.unlink()
+
+
+def plot_metrics(out: Path) -> None:
+    """loss.png: loss, implicit accuracy and noise errors over the steps, each step and a running mean."""
+    if not (out / "metrics.csv").exists():
+        return
+    table = pd.read_csv(out / "metrics.csv")
+    window = max(1, len(table) // 20)
+    excess = (table.model_mse / table.reference_mse - 1) * 100
+    curves = [
+        ("loss", table.loss, math.log(2), "ln 2, where training starts"),
+        ("implicit accuracy", table.implicit_accuracy, 0.5, "chance"),
+        ("model's noise error over\nthe reference's, %", excess, 0, "the reference's"),
+    ]
+    figure = matplotlib.figure.Figure(figsize=(7, 7.5), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    for axis, (title, curve, level, name) in zip(axes, curves, strict=True):
+        axis.plot(table.step, curve, color="tab:blue", alpha=0.3, lw=1, label="each step")
+        mean = curve.rolling(window, min_periods=1).mean()
+        axis.plot(table.step, mean, color="tab:blue", lw=2, label=f"mean of the last {window}")
+        axis.axhline(level, color="grey", ls="--", lw=1, label=name)
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    axes[2].set_xlabel("optimizer step")
+    with written_whole(out / "loss.png") as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+def save_result(s, out: Path, unet: UNet2DConditionModel, weights: dict, summary: dict) -> None:
+    """unet/ or pytorch_lora_weights.safetensors in save_dtype, settings.yaml and the model card, each whole or not there.
+    weights: the trained UNet's state dict. summary: what the run came to, for settings and card."""
+    if s.lora_rank:
+        save_lora(out, get_peft_model_state_dict(unet, state_dict=weights), DTYPES[s.save_dtype])
+    else:
+        with torch.device("meta"):
+            result = UNet2DConditionModel.from_config(unet.config)
+        result.load_state_dict({k: v.to(DTYPES[s.save_dtype]) for k, v in weights.items()}, assign=True)
+        with written_whole(out / "unet") as part:
+            shutil.rmtree(part, ignore_errors=True)
+            result.save_pretrained(part)
+    write_text(out / "settings.yaml", yaml.safe_dump(asdict(s) | summary, sort_keys=False))
+    write_text(out / "README.md", model_card(s, summary))
+
+
+def save_lora(out: Path, weights: dict, dtype: torch.dtype) -> None:
+    layers = convert_state_dict_to_diffusers({k: v.to(dtype) for k, v in weights.items()})
+    name = "pytorch_lora_weights.safetensors"
+    with written_whole(out / name) as part:
+        StableDiffusionXLPipeline.save_lora_weights(part.parent, unet_lora_layers=layers, weight_name=part.name)
+
+
+def model_card(s, summary: dict) -> str:
+    kind, flag = "UNet", "--dpo-unet"
+    use = f'pipe.unet = UNet2DConditionModel.from_pretrained("{s.output_dir}", subfolder="unet")'
+    if s.lora_rank:
+        kind, flag, use = "LoRA", "--dpo-lora", f'pipe.load_lora_weights("{s.output_dir}")'
+    data = huggingface_hub.ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["diffusion-dpo", "dipo", "stable-diffusion-xl"] + (["lora"] if s.lora_rank else []),
+        base_model=s.base_model if find_path(s.base_model) is None else None,
+        datasets=[s.dataset] if find_path(s.dataset) is None else None,
+    )
+    rows = "\n".join(f"| {k} | {v} |" for k, v in (asdict(s) | summary).items())
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {kind} trained with Diffusion-DPO\n\n"
+        f"Trained by train_dipo.py from {s.base_model} on {s.dataset}: {summary['steps']} steps of {s.effective_batch_size} "
+        "pairs. Made to be sampled by DDIM in 20 to 50 steps:\n\n"
+        f"```bash\npython hasty_sample.py --base-model {s.base_model} {flag} {s.output_dir}\n```\n\n"
+        f"or with diffusers, `{use}` and a `DDIMScheduler`.\n\n| setting | value |\n|---|---|\n{rows}\n"
+    )

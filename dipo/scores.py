@@ -1,0 +1,108 @@
+"""scores.csv: a row for each image, kept while the image and the judges stay what they were."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock
+from PIL import Image
+from tqdm import tqdm
+
+from dipo.devices import DTYPES
+from dipo.files import csv_text, fingerprint, written_whole
+from dipo.judges import Judge
+
+
+def image_id(record: dict) -> str:
+    """Changes whenever an image is made anew: its record holds its times."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Scores:
+    """scores.csv of a folder, by these judges in this precision (fp16, bf16 or fp32).
+
+    Its columns: file (relative to the folder), variant (the file's folder), prompt, category, seed, image, a score of each
+    judge, scored_by. Rows of other images stay in it.
+    """
+
+    def __init__(self, folder: Path, judges: list[Judge], dtype_name: str):
+        self.folder, self.judges, self.dtype, self.loaded = folder, judges, DTYPES[dtype_name], False
+        self.names = [j.name for j in judges]
+        by = {j.name: j.source for j in judges}
+        by |= {"weights": fingerprint(*(w for j in judges for w in j.weights)), "dtype": dtype_name}
+        self.by = json.dumps(by)
+        self.columns = ["file", "variant", "prompt", "category", "seed", "image", *self.names, "scored_by"]
+
+    def load_judges(self) -> list[Judge]:
+        """The judges, their weights read, to the CPU for the time being."""
+        if not self.loaded:
+            for judge in self.judges:
+                judge.load(self.dtype)
+            self.loaded = True
+        return self.judges
+
+    def table(self) -> pd.DataFrame:
+        """All that the file holds, with every column; empty where there is no such file."""
+        try:
+            table = pd.read_csv(self.folder / "scores.csv", dtype=str, keep_default_na=False)
+        except (OSError, ValueError):
+            table = pd.DataFrame()
+        table = table.reindex(columns=[*table.columns, *(c for c in self.columns if c not in table)], fill_value="")
+        for name in {"pickscore", "hpsv2", "clipscore"} & set(table.columns):
+            table[name] = pd.to_numeric(table[name], errors="coerce")
+        return table.drop_duplicates("file", keep="last")
+
+    def read(self, records: dict[str, dict]) -> pd.DataFrame:
+        """The rows, in the records' order, that are whole and still true: of these very images, scored by these judges."""
+        table = self.table().set_index("file", drop=False)
+        good = table[table[self.names].notna().all(axis=1) & (table["scored_by"] == self.by)]
+        files = [f for f, r in records.items() if f in good.index and good.at[f, "image"] == image_id(r)]
+        return good.loc[files, self.columns].reset_index(drop=True).astype({"seed": int})
+
+    def add(self, rows: pd.DataFrame) -> None:
+        """Put rows in, by variant and file, in the place of older ones of the same files. What is there is whole at any
+        moment, and processes take turns."""
+        with FileLock(self.folder / ".scores.lock"):
+            table = pd.concat([self.table(), rows]).drop_duplicates("file", keep="last")
+            with written_whole(self.folder / "scores.csv") as part:
+                table.sort_values(["variant", "file"]).to_csv(part, index=False)
+
+    def complete(self, records: dict[str, dict], state, device: torch.device, batch_size: int) -> pd.DataFrame:
+        """Score the images that lack a row, batch by batch; the processes of an accelerate state share them. records: the
+        settings inside the images by file. Returns the rows of all of them."""
+        known = set(self.read(records)["file"])
+        todo = [f for f in records if f not in known]
+        state.wait_for_everyone()
+        share = todo[state.process_index :: state.num_processes]
+        if share:
+            for judge in self.load_judges():
+                judge.to(device)
+            with ThreadPoolExecutor() as pool, tqdm(total=len(share), unit="image", desc=f"scoring {self.folder}") as bar:
+                bar.disable = not state.is_local_main_process
+                for start in range(0, len(share), batch_size):
+                    files = share[start : start + batch_size]
+                    images = list(pool.map(lambda f: Image.open(self.folder / f).convert("RGB"), files))
+                    self.add(self.score(files, images, [records[f] for f in files]))
+                    bar.update(len(files))
+        state.wait_for_everyone()
+        if state.is_main_process:
+            (self.folder / ".scores.lock").unlink(missing_ok=True)
+        return self.read(records)
+
+    def score(self, files: list[str], images: list[Image.Image], records: list[dict]) -> pd.DataFrame:
+        """Rows of scores.csv for a batch."""
+        prompts = [r["prompt"] for r in records]
+        rows = {
+            "file": files,
+            "variant": [os.path.dirname(f) for f in files],
+            "prompt": [csv_text(p) for p in prompts],
+            "category": [csv_text(r.get("category", "")) for r in records],
+            "seed": [r["seed"] for r in records],
+            "image": [image_id(r) for r in records],
+        }
+        rows |= {judge.name: judge(images, prompts).tolist() for judge in self.judges}
+        return pd.DataFrame(rows | {"scored_by": self.by})

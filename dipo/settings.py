@@ -1,0 +1,196 @@
+"""Settings that scripts share, without the paths of models, which stand at the top of each script; their checks; --demo."""
+
+import math
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from dipo.cli import UserError
+from dipo.devices import check_device
+from dipo.files import find_path
+from dipo.grids import caption_font
+
+# What --demo sets, as far as a script has it and the command line left the default.
+DEMO_PATHS = {
+    "base_model": "assets/demo/sdxl",
+    "dpo_unet": "assets/demo/dpo-unet",
+    "vae": "",
+    "pickscore": "assets/demo/pickscore",
+    "pickscore_processor": "assets/demo/pickscore",
+    "hpsv2": "assets/demo/hpsv2",
+    "clip": "",
+    "pickapic": "assets/demo/pickapic",
+}
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """What every script that samples can be told."""
+
+    demo: bool = False
+    """use the small models, prompts and judges of assets/demo, and sizes for two CPU cores, where the default was left"""
+    prompts: str
+    """a folder with a .txt for each category, a .txt, a .csv or .parquet with columns prompt and (if any) category, or
+    parti, pickapic (its test prompts) or hpdv2 (HPSv2's benchmark, its styles as categories)"""
+    limit: int | None = None
+    """use the first N prompts only; in a study of each category"""
+    images_per_prompt: int = 1
+    """images of each prompt, each with its own seed"""
+    output_dir: str
+    """where everything goes"""
+    overwrite: bool = False
+    """replace images in the output folder that were made with other settings"""
+    font: str = ""
+    """a .ttf or .otf file for the prompts in grids; empty: DejaVu Sans, which has no Chinese, Japanese or emoji"""
+
+    guidance_scale: float = 5.0
+    """classifier-free guidance; 1 or less switches it off, for half the operations"""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    """leading is SDXL's own"""
+    seed: int = 0
+    """image number i is drawn from seed + i"""
+    height: int | None = None
+    """pixels; default: the model's own, 1024 for SDXL"""
+    width: int | None = None
+    """pixels; default: the model's own, 1024 for SDXL"""
+
+    batch_size: int = 4
+    """images sampled together; halved when the GPU's memory runs out"""
+    compile: bool = False
+    """torch.compile of the UNet for full batches"""
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """auto: fp16 on a GPU, fp32 on the CPU"""
+    device: str = "auto"
+    """cuda, cuda:1, mps, cpu, or auto: the first of these that is there"""
+
+
+@dataclass(kw_only=True)
+class Judging:
+    """What a script that scores can be told besides."""
+
+    score_only: bool = False
+    """sample nothing: score the images that are there and make the tables of them"""
+    categories: tuple[str, ...] = ()
+    """use these categories only"""
+    grid_prompts: int = 16
+    """prompts shown in a grid"""
+    hpsv2_version: Literal["v2.1", "v2.0"] = "v2.1"
+    """which of HPSv2's checkpoints"""
+    scoring_batch_size: int = 16
+    """images scored together"""
+
+
+@dataclass(kw_only=True)
+class ModelPaths:
+    """Where models and data are: a script's own Settings says it."""
+
+    base_model: str
+    """SDXL pipeline: a folder or a hub name"""
+    dpo_unet: str
+    """DPO-trained UNet: a folder or a hub name, with or without a subfolder unet; empty: the base model's own"""
+    dpo_lora: str
+    """DPO-trained LoRA instead: a folder, a .safetensors file or a hub name; on the base model's own UNet unless dpo_unet
+    is given too"""
+    vae: str
+    """VAE that stays finite in fp16: a folder or a hub name; empty: the base model's own"""
+    parti: str
+    """data set behind --prompts parti: a folder or a hub name"""
+    pickapic: str
+    """data set behind --prompts pickapic: a folder or a hub name"""
+
+
+@dataclass(kw_only=True)
+class JudgePaths:
+    """The same for the judges."""
+
+    pickscore: str
+    """PickScore's CLIP model: a folder or a hub name"""
+    pickscore_processor: str
+    """its processor: a folder or a hub name"""
+    hpsv2: str
+    """HPSv2's checkpoint: a .pt file, a folder or a hub name that holds it"""
+
+
+# A dataclass takes the fields of its last base first: paths come first in --help.
+@dataclass(kw_only=True)
+class SamplingSettings(Sampling, ModelPaths):
+    pass
+
+
+@dataclass(kw_only=True)
+class StudySettings(Judging, Sampling, JudgePaths, ModelPaths):
+    pass
+
+
+def completed(s, demo: dict):
+    """The settings with what follows from others: a LoRA alone goes on the base model's own UNet; --demo sets DEMO_PATHS
+    and the script's own demo wherever the default was left."""
+    default = {f.name: f.default for f in fields(s)}
+    if getattr(s, "dpo_lora", "") and s.dpo_unet == default["dpo_unet"]:
+        s = replace(s, dpo_unet="")
+    if not s.demo:
+        return s
+    if not find_path(DEMO_PATHS["base_model"]):
+        raise UserError(f"--demo needs {DEMO_PATHS['base_model']} beside dipo/: run it inside a clone of the repository")
+    small = {k: v for k, v in DEMO_PATHS.items() if k in default} | demo
+    return replace(s, **{k: v for k, v in small.items() if getattr(s, k) == default[k]})
+
+
+def check_sampling(s: Sampling) -> None:
+    """Raise UserError for every value that can be judged without loading a model."""
+    if not math.isfinite(s.guidance_scale):
+        raise UserError(f"--guidance-scale {s.guidance_scale}: use a finite number, SDXL's usual range is 5 to 8")
+    check_at_least(s, limit=1, images_per_prompt=1, batch_size=1)
+    if not s.output_dir.strip():
+        raise UserError("--output-dir is empty: give a folder")
+    if not 0 <= s.seed < 2**62:
+        raise UserError(f"--seed {s.seed}: use 0 to 2**62 - 1")
+    caption_font(192, s.font)
+    check_device(s.device)
+    check_model_path("base-model", s.base_model, "model_index.json")
+    check_model_path("dpo-unet", s.dpo_unet, "config.json")
+    check_model_path("vae", s.vae, "config.json")
+    lora = find_path(s.dpo_lora)
+    if not (lora and lora.is_file() and lora.suffix == ".safetensors"):
+        check_model_path("dpo-lora", s.dpo_lora, "pytorch_lora_weights.safetensors")
+
+
+def check_study(s: StudySettings) -> None:
+    """The same for a study."""
+    check_at_least(s, grid_prompts=1, scoring_batch_size=1)
+    check_sampling(s)
+
+
+def check_at_least(s, **least: int) -> None:
+    """Raise UserError for a whole number below the least that makes sense; None is no number."""
+    for name, lowest in least.items():
+        value = getattr(s, name)
+        if value is not None and value < lowest:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use {lowest} or more")
+
+
+def check_steps(flag: str, *steps: int) -> None:
+    if not steps or len(set(steps)) < len(steps) or not all(1 <= n <= 1000 for n in steps):
+        raise UserError(
+            f"--{flag} {' '.join(map(str, steps))}: use 1 to 1000, as SDXL was trained on 1000, and no number twice"
+        )
+
+
+def check_etas(flag: str, *etas: float) -> None:
+    if not etas or len({f"{eta:g}" for eta in etas}) < len(etas) or not all(0 <= eta <= 1 for eta in etas):
+        raise UserError(
+            f"--{flag} {' '.join(map(str, etas))}: use 0 (DDIM, deterministic) to 1 (as random as DDPM), and none twice"
+        )
+
+
+def check_model_path(flag: str, name: str, index_file: str) -> None:
+    """Raise UserError unless name is a model folder (it or its subfolder of the kind holds index_file), could be a hub
+    name such as "owner/name", or is empty where the base model's own part can stand in."""
+    path = find_path(name)
+    if path:
+        if not any((path / sub / index_file).exists() for sub in ("", "unet", "vae")):
+            raise UserError(f"--{flag} {name}: no {index_file} in it, so this is not a model folder of diffusers")
+    elif (name or flag == "base-model") and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise UserError(
+            f"--{flag} {name!r}: no such folder; give a folder, fetch the models with download_models.py, or try --demo"
+        )

@@ -1,0 +1,191 @@
+"""What a study wants, what of it is finished, and what its rows have in common."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from accelerate.utils.memory import clear_device_cache
+from diffusers import StableDiffusionXLPipeline
+from tqdm import tqdm
+
+from dipo.batches import Batches
+from dipo.cli import UserError
+from dipo.devices import DTYPES, claimed, dtype_for, start
+from dipo.files import finished_images, writable_folder
+from dipo.grids import remove_grids, save_grids
+from dipo.judges import Judge
+from dipo.models import image_settings, quiet_libraries, warn_of_long_prompts
+from dipo.prompts import by_category, read_prompts
+from dipo.scores import Scores
+from dipo.settings import StudySettings
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side of a comparison: a UNet under a sampler."""
+
+    variant: str
+    """its folder"""
+    label: str
+    """what tables and pictures call it"""
+    steps: int
+    eta: float = 0.0
+    sampler: str = "DDIM"
+    """what its images say they were made with"""
+    scheduler: type | None = None
+    """a class of diffusers; None: DDIM by the script's own loop"""
+    base_unet: bool = False
+    """the base model's own UNet instead of the tuned one"""
+    group: str = ""
+    """what it is drawn with in plots"""
+
+
+@contextlib.contextmanager
+def open_study(s: StudySettings, rows: list[Row], judges: list[Judge]):
+    """A Study whose folder is held while it is open. Says what of it is there; loads the judges if images are missing."""
+    study = Study(s, rows, judges)
+    with claimed(study.folder, study.state):
+        study.look()
+        ahead, shown = study.steps_ahead(), study.state.is_local_main_process
+        with tqdm(total=ahead, unit="step", unit_scale=True, disable=not (ahead and shown)) as study.bar:
+            yield study
+    study.state.destroy_process_group()
+
+
+class Study:
+    """The images of a study's rows, and their scores by its judges, in the folder --output-dir. Image i has the same prompt
+    and seed, and so the same initial noise, under every row. The processes of an accelerate launch share the work."""
+
+    def __init__(self, s: StudySettings, rows: list[Row], judges: list[Judge]):
+        self.s, self.rows = s, rows
+        self.prompts = by_category(read_prompts(s.prompts, s.parti, s.pickapic), s.categories, s.limit, s.prompts)
+        self.state, self.device = start(s.device)
+        dtype_name = dtype_for(s.dtype, self.device)
+        self.dtype, self.main = DTYPES[dtype_name], self.state.is_main_process
+        self.folder = writable_folder(s.output_dir)
+        quiet_libraries()
+        self.wanted = self.wanted_images(dtype_name)
+        self.scores = Scores(self.folder, judges, dtype_name)
+
+    def wanted_images(self, dtype_name: str) -> dict[str, dict]:
+        """The settings of every image by its file in the folder."""
+        s, wanted = self.s, {}
+        for row in self.rows:
+            common = image_settings(s, dtype_name, row.base_unet)
+            if s.score_only:
+                # Images may have been made on another machine than the one that scores them.
+                del common["dtype"]
+            common |= {"num_inference_steps": row.steps, "eta": row.eta, "sampler": row.sampler}
+            for i in range(len(self.prompts) * s.images_per_prompt):
+                image = self.prompts.iloc[i // s.images_per_prompt].to_dict() | {"seed": s.seed + i}
+                wanted[f"{row.variant}/{i:05d}.png"] = image | common
+        return wanted
+
+    def look(self) -> None:
+        """See what is finished and what is missing."""
+        done = finished_images(self.folder, self.wanted, self.s.overwrite)
+        self.missing = {} if self.s.score_only else {f: r for f, r in self.wanted.items() if f not in done}
+        # Every process has to have looked before the first one writes.
+        self.state.wait_for_everyone()
+        if self.main:
+            self.clean_up()
+            none = ", none are made" if self.s.score_only else ""
+            print(f"{len(done)} of {len(self.wanted)} images are in {self.folder}{none}")
+        self.state.wait_for_everyone()
+        if self.missing:
+            # Before the images are made, so that a wrong path shows at once and not hours later.
+            self.scores.load_judges()
+
+    def clean_up(self) -> None:
+        """Remove what a killed run of ours left half-written, and grids that this one makes anew; make the rows' folders."""
+        for folder in (self.folder / row.variant for row in self.rows):
+            try:
+                if not self.s.score_only:
+                    folder.mkdir(exist_ok=True)
+            except OSError as e:
+                raise UserError(f"{folder} cannot be made a folder ({e.strerror}); choose another --output-dir") from e
+            for path in folder.glob(".[0-9]*.png*.part"):
+                path.unlink()
+        for kind in ("csv", "png", "pdf"):
+            for path in self.folder.glob(f".*.{kind}.part"):
+                path.unlink()
+        remove_grids(self.folder)
+
+    def steps_ahead(self) -> int:
+        """Steps of images that this process has to take."""
+        return sum(row.steps * len(self.share(row)) for row in self.rows)
+
+    def share(self, row: Row) -> dict[Path, dict]:
+        """This process's part of a row's missing images."""
+        files = [f for f in self.missing if f.startswith(f"{row.variant}/")]
+        files = files[self.state.process_index :: self.state.num_processes]
+        return {self.folder / f: self.missing[f] for f in files}
+
+    def unfinished(self, base_unet: bool = False) -> list[Row]:
+        """The rows, of the tuned or of the base UNet, of which this process has images to make."""
+        return [row for row in self.rows if row.base_unet == base_unet and self.share(row)]
+
+    def batches(self, pipe: StableDiffusionXLPipeline, row: Row, tau: list[int]) -> Batches:
+        """A row's missing images, batch by batch, after a warm-up that is not timed."""
+        self.bar.set_description(row.label)
+        return Batches(pipe, self.share(row), tau, self.s.batch_size, self.bar, self.s.compile)
+
+    def warn_of_long_prompts(self, pipe: StableDiffusionXLPipeline) -> None:
+        if self.main:
+            warn_of_long_prompts(pipe, list(self.prompts["prompt"]))
+
+    def results(self) -> tuple[list[Row], pd.DataFrame]:
+        """Score what lacks a score; the rows that have images, and those images that each of these rows has, so that
+        unfinished studies are compared in pairs too.
+
+        The images come with all that their records hold, and the columns variant, name (of the file), path, and a score for
+        each judge. Raises UserError where there is none.
+        """
+        self.bar.close()
+        clear_device_cache(garbage_collection=True)
+        self.state.wait_for_everyone()
+        made = finished_images(self.folder, self.wanted, overwrite=True)
+        if not made:
+            raise UserError(f"--score-only: no images of this study in {self.folder}; run it without --score-only first")
+        scores = self.scores.complete(made, self.state, self.device, self.s.scoring_batch_size)
+        images = pd.DataFrame([{"file": f, "path": self.folder / f} | r for f, r in made.items()])
+        images[["variant", "name"]] = images["file"].str.split("/", expand=True)
+        images = images.merge(scores[["file", *self.scores.names]], on="file")
+        there = [row for row in self.rows if row.variant in set(images["variant"])]
+        images = images[images.groupby("name")["variant"].transform("nunique") == len(there)]
+        if len(made) < len(self.wanted) and self.main:
+            n, labels = images["name"].nunique(), "; ".join(row.label for row in there)
+            print(f"the tables are of the {n} images that each of these has: {labels}")
+        if images.empty:
+            raise UserError("--score-only: no image is there on every side yet; run it without --score-only")
+        return there, images
+
+    def need(self, there: list[Row], *rows: Row) -> None:
+        """UserError for a row that the tables need and that has no images."""
+        if missing := [row for row in rows if row not in there]:
+            raise UserError(
+                f"--score-only: no images in {self.folder / missing[0].variant}, which the tables need; make them first"
+            )
+
+    def grid(self, stem: str, rows: list[Row], images: pd.DataFrame, title: str = "") -> list[Path]:
+        """Grid pages of the first --grid-prompts prompts, the first image of each, in these rows. Returns their paths."""
+        s = self.s
+        first = images[images["name"].map(lambda name: int(Path(name).stem) % s.images_per_prompt == 0)]
+        paths = first.pivot(index="name", columns="variant", values="path")[: s.grid_prompts]
+        captions = first.drop_duplicates("name").set_index("name").loc[paths.index, "prompt"]
+        model = "demo model (not SDXL)" if s.demo else s.dpo_lora or s.dpo_unet or s.base_model
+        title += f"{model}, guidance {s.guidance_scale:g}, seeds from {s.seed}, same prompt and initial noise in each column"
+        return save_grids(self.folder, stem, {r.label: list(paths[r.variant]) for r in rows}, list(captions), title, s.font)
+
+    def finish(self, *paths: Path) -> None:
+        """Say where everything is."""
+        print("\n" + ", ".join(map(str, [self.folder / "scores.csv", *paths])))
+
+    def pairs_note(self) -> str:
+        """What to know of win rates' intervals where prompts have several images."""
+        return "; images of one prompt count as independent" if self.s.images_per_prompt > 1 else ""
+
+
+def eta_label(eta: float) -> str:
+    return f", η = {eta:g}" if eta else ""

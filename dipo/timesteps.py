@@ -1,0 +1,41 @@
+"""The subsequence tau of the training timesteps that DDIM walks."""
+
+import numpy as np
+import torch
+
+
+def ddim_timesteps(steps: int, spacing: str, train_steps: int = 1000, offset: int = 1) -> list[int]:
+    """The subsequence tau of the training timesteps, descending (Song et al. 2021, section 4.2).
+
+    The same as diffusers' DDIMScheduler.set_timesteps with one exception of weight. Its "leading" spacing takes the
+    whole-number stride train_steps // steps, and so 800 steps would start from pure noise at t = 800. Where that leaves the
+    first timestep a stride or more too low, the real-valued stride is used and rounded down: 800 steps start at 999. Two
+    corner cases follow: 1000 "leading" steps are 999 to 0, not 1000 to 1, and one "linspace" step is at 999, not 0.
+
+    steps: 1 to train_steps. spacing: "leading", "trailing" or "linspace". offset: the scheduler's steps_offset, used by
+    "leading". Lin et al. 2023 (Common diffusion noise schedules and sample steps are flawed) compares the three.
+    """
+    i = np.arange(steps)
+    if spacing == "leading":
+        stride = train_steps // steps
+        if (steps - 1) * (train_steps / steps - stride) >= train_steps / steps:
+            tau = i * train_steps // steps
+        else:
+            tau = i * stride
+        tau = (tau + min(offset, train_steps - 1 - tau[-1]))[::-1]
+    elif spacing == "trailing":
+        tau = np.round(train_steps - i * (train_steps / steps)) - 1
+    else:
+        tau = np.round(np.linspace(train_steps - 1, 0, steps))
+    return [int(t) for t in tau]
+
+
+def successive(scheduler, tau: list[int], device: torch.device) -> list[tuple[torch.Tensor, float, float]]:
+    """For every timestep of tau: itself on the device, (), its alpha_bar, and that of the timestep which comes next.
+
+    The last one goes to the scheduler's final_alpha_cumprod, alpha_bar[0] where set_alpha_to_one is False, as SDXL has it.
+    diffusers steps to t - 1000 // steps instead, whatever comes next. All is known before the first step.
+    """
+    alpha_bar = scheduler.alphas_cumprod.double()
+    a = [*alpha_bar[tau].tolist(), float(scheduler.final_alpha_cumprod)]
+    return list(zip(torch.tensor(tau, device=device), a[:-1], a[1:], strict=True))

@@ -1,0 +1,244 @@
+"""What training does besides the step: checks of its settings, the models of both sides, batches for them, alarms."""
+
+import contextlib
+import copy
+import math
+import sys
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import is_wandb_available
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+
+from dipo.cli import UserError
+from dipo.devices import on_cpu
+from dipo.models import Text
+from dipo.settings import check_at_least
+
+CACHED = ("moments", "prompt_embeds", "pooled_embeds")
+MAX_SKIPPED = 10
+
+
+def check_training(s) -> None:
+    """Raise UserError for every value that can be judged without data or models."""
+    check_at_least(s, max_train_steps=1, effective_batch_size=1, train_batch_size=1, lr_warmup_steps=0, lora_rank=0)
+    check_at_least(s, shuffle_buffer=1, num_workers=0, checkpoint_every=1, keep_checkpoints=1, validate_every=0)
+    check_at_least(s, max_train_pairs=1, seed=0, resolution=8)
+    if not 0 <= s.weight_decay < math.inf:
+        raise UserError(f"--weight-decay {s.weight_decay}: use 0 or more")
+    for name in ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio"):
+        value = getattr(s, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} {value}: use a finite number above 0")
+    if not 0 <= s.caption_dropout < 1:
+        raise UserError(f"--caption-dropout {s.caption_dropout}: use 0 (every pair with its caption) to less than 1")
+    if s.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed-precision fp16: needs a CUDA GPU; use bf16 or no")
+    if s.wandb and not is_wandb_available():
+        raise UserError("--wandb: the package is not installed; pip install wandb")
+
+
+def best_precision(device: str) -> str:
+    """The mixed precision that auto stands for on this machine."""
+    if on_cpu(device) or not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def accumulation_steps(effective_batch_size: int, train_batch_size: int, processes: int) -> int:
+    """How many batches each device adds up before an optimizer step; UserError where the numbers do not divide."""
+    together = train_batch_size * processes
+    steps, rest = divmod(effective_batch_size, together)
+    if rest:
+        near = [n * together for n in (steps, steps + 1) if n]
+        fits = [b for b in range(1, effective_batch_size // processes + 1) if effective_batch_size % (b * processes) == 0]
+        fits = sorted(sorted(fits, key=lambda b: abs(b - train_batch_size))[:2])
+        other = f", or --train-batch-size {' or '.join(map(str, fits))}" if fits else ""
+        raise UserError(
+            f"--effective-batch-size {effective_batch_size}: no multiple of {train_batch_size} pairs per device x "
+            f"{processes} processes; use {' or '.join(map(str, near))}{other}"
+        )
+    return steps
+
+
+def picture_size(s, pipe: StableDiffusionXLPipeline) -> int:
+    """Pixels of a picture's side; UserError unless the VAE and all levels of the UNet can halve it."""
+    multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    resolution = s.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    if resolution % multiple:
+        raise UserError(f"--resolution {resolution}: must be a multiple of {multiple}")
+    return resolution
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int, dtype: torch.dtype) -> None:
+    """Freeze the UNet in dtype and put a LoRA in float32 on its attention, zero at the start."""
+    unet.requires_grad_(False).to(dtype)
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
+    cast_training_params(unet, dtype=torch.float32)
+
+
+def make_reference(unet: UNet2DConditionModel, dtype: torch.dtype, norms: torch.dtype) -> UNet2DConditionModel:
+    """A frozen copy with its norms in one precision and all else in dtype. With the precision in which the model's own
+    norms are computed (float32 under autocast, dtype where FSDP or DeepSpeed cast everything) the two agree to the last
+    bit, so that training starts with a loss of ln 2."""
+    reference = copy.deepcopy(unet).requires_grad_(False).eval().to(norms)
+    for module in reference.modules():
+        if not isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(p.to(dtype), requires_grad=False))
+    return reference
+
+
+@contextlib.contextmanager
+def base_model(model: torch.nn.Module, unet: UNet2DConditionModel, reference: UNet2DConditionModel | None):
+    """The model that training started from, for what is done inside: the reference, or without one the model itself, whose
+    UNet has a LoRA that is off meanwhile."""
+    if reference is not None:
+        yield reference
+        return
+    unet.disable_adapters()
+    try:
+        yield model
+    finally:
+        unet.enable_adapters()
+
+
+def in_parts(accelerator: Accelerator) -> bool:
+    """Whether weights or optimizer are spread over the processes."""
+    return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+
+
+def autocast(accelerator: Accelerator):
+    """A context for the forward passes. FSDP and DeepSpeed cast by themselves; with autocast around it the reference would
+    be computed otherwise."""
+    return contextlib.nullcontext() if in_parts(accelerator) else accelerator.autocast()
+
+
+def make_optimizer(s, parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    if s.optimizer == "adamw":
+        fused = parameters[0].device.type == "cuda"
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=s.weight_decay, fused=fused)
+    return transformers.Adafactor(parameters, lr=lr, weight_decay=s.weight_decay, scale_parameter=False, relative_step=False)
+
+
+def clip(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
+    """Scale the gradients down to max_norm. Returns their norm before, over all processes; NaN where nobody knows it."""
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    if norm is None:
+        return math.nan
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Mean and log variance of the VAE's posterior, (N, 8, H/8, W/8) in its dtype, of uint8 pictures (N, H, W, 3), one at
+    a time to bound memory."""
+    x = pixels.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+    return torch.cat([vae.encode(picture[None]).latent_dist.parameters for picture in x])
+
+
+@torch.no_grad()
+def encode_captions(pipe: StableDiffusionXLPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """SDXL's embeddings of B captions, (B, 77, D) and pooled (B, P)."""
+    text, _, pooled, _ = pipe.encode_prompt(captions, device=pipe.vae.device, do_classifier_free_guidance=False)
+    return text, pooled
+
+
+def encode_unconditional(pipe: StableDiffusionXLPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embeddings of SDXL's unconditional side, (1, 77, D) and (1, P): zeros where the model's index says so."""
+    text, pooled = encode_captions(pipe, [""])
+    if pipe.config.force_zeros_for_empty_prompt:
+        return torch.zeros_like(text), torch.zeros_like(pooled)
+    return text, pooled
+
+
+def prepare_batch(pipe: StableDiffusionXLPipeline, batch: dict, unconditional: tuple[torch.Tensor, torch.Tensor]):
+    """What the UNet needs of B pairs, the winners first: latents (2B, 4, H/8, W/8) float32, scaled, and their Text, 2B rows.
+    unconditional: the embeddings of a dropped caption."""
+    device = pipe.vae.device
+    if "moments" in batch:
+        moments, text, pooled = (batch[k].to(device, non_blocking=True) for k in CACHED)
+        moments = moments.transpose(0, 1).flatten(0, 1)
+    else:
+        moments = encode_pictures(pipe.vae, batch["pixels"].transpose(0, 1).flatten(0, 1))
+        text, pooled = encode_captions(pipe, batch["caption"])
+    posterior = DiagonalGaussianDistribution(moments.float())
+    z = posterior.mean + posterior.std * batch["posterior_noise"].transpose(0, 1).flatten(0, 1).to(device)
+    drop = batch["drop_caption"].to(device)
+    text = torch.where(drop[:, None, None], unconditional[0], text)
+    pooled = torch.where(drop[:, None], unconditional[1], pooled)
+    height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=unconditional[0].dtype)
+    given = Text(torch.cat([text, text]), torch.cat([pooled, pooled]), time_ids.expand(len(z), -1))
+    return z * pipe.vae.config.scaling_factor, given
+
+
+def check_start(argument: torch.Tensor) -> None:
+    """UserError unless model and reference agree, as they must before the first step. argument: dpo_loss's, (B,)."""
+    far = argument.detach().abs().mean().item()
+    if far > 0.1:
+        raise UserError(
+            f"model and reference differ before training (mean argument {far:.3g}, should be 0), so their differences mean "
+            "nothing; use --mixed-precision bf16 or no"
+        )
+
+
+@torch.no_grad()
+def probe(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Copies of up to 8191 evenly spaced weights of each parameter (of this process's part of it)."""
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+    return [p.flatten()[:: max(1, p.numel() // 4096)].clone() for p in local]
+
+
+def check_moved(before, parameters, lr: float, lora: bool, accelerator: Accelerator) -> None:
+    """Print which share of the weights a step changed; UserError when none did, a warning when most did not. Zeros are left
+    out, as any step changes them, but for a LoRA, half of which starts as zeros. before: probe's."""
+    pairs = [(a, b, (a != 0) | lora) for a, b in zip(before, probe(parameters), strict=True)]
+    counts = [sum(int(((a != b) & mask).sum()) for a, b, mask in pairs), sum(int(mask.sum()) for *_, mask in pairs)]
+    moved, total = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
+    share = f"{100 * moved / total:.1f} % of {total} weights looked at"
+    accelerator.print(f"the first step, at learning rate {lr:.3g}, moved {share}")
+    if not moved:
+        raise UserError(
+            f"no weight moved in the first step: at learning rate {lr:.3g} steps are smaller than the spacing of float32 "
+            "numbers; use --scale-lr, or a larger --learning-rate"
+        )
+    if moved < 0.4 * total and accelerator.is_main_process:
+        print("warning: most steps are lost in rounding at this rate, which is that of warm-up", file=sys.stderr)
+
+
+def check_skipped(in_a_row: int, checkpoints) -> None:
+    """UserError when too many steps in a row had no finite loss or gradient."""
+    if in_a_row >= MAX_SKIPPED:
+        raise UserError(
+            f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row; the last checkpoint in {checkpoints} is from "
+            "before: resume it with a lower --learning-rate, or train in bf16"
+        )
+
+
+def drift(step: int, mse: float, reference_mse: float, max_ratio: float) -> UserError | None:
+    """What to raise where the model's noise error is more than max_ratio times the reference's."""
+    if mse > max_ratio * reference_mse:
+        return UserError(
+            f"step {step}: the model's noise error {mse:.4f} exceeds {max_ratio:g} times the reference's "
+            f"{reference_mse:.4f}: it is losing what it knew; start again with a lower --learning-rate, or resume with a "
+            "larger --max-mse-ratio (checkpoints of this step and before are kept)"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def out_of_memory_told(pairs: int):
+    """UserError where the GPU's memory runs out with so many pairs at once."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            f"the GPU's memory does not hold {pairs} pairs of this size; use a smaller --train-batch-size, "
+            "--gradient-checkpointing, --optimizer adafactor, or --lora-rank 64"
+        ) from e
