@@ -149,7 +149,7 @@ def wanted_images(s: Settings, prompts: list[str], dtype_name: str) -> tuple[dic
     return wanted, common
 
 
-def make_images(s: Settings, share: dict[Path, dict], state, device: torch.device, dtype: torch.dtype) -> None:
+def make_images(s: Settings, todo: dict[Path, dict], state, device: torch.device, dtype: torch.dtype) -> None:
     """Sample this process's share of the missing images and save them."""
     pipe = load_pipeline(s, device, dtype)
     trained = pipe.scheduler.config
@@ -157,7 +157,7 @@ def make_images(s: Settings, share: dict[Path, dict], state, device: torch.devic
     low, high = s.guidance_interval or (0, math.inf)
     guided = [low < sqrt(1 / a_t - 1) <= high for _, a_t, _ in successive(pipe.scheduler, tau, device)]
     if state.is_main_process:
-        warn_of_long_prompts(pipe, [*(r["prompt"] for r in share.values()), s.negative_prompt])
+        warn_of_long_prompts(pipe, [*(r["prompt"] for r in todo.values()), s.negative_prompt])
         if tau[0] < 900:
             first = f"{s.num_inference_steps} {s.timestep_spacing} steps start at t = {tau[0]}"
             print(f"warning: {first}, not near 999; use --timestep-spacing trailing for so few", file=sys.stderr)
@@ -166,6 +166,7 @@ def make_images(s: Settings, share: dict[Path, dict], state, device: torch.devic
             print(f"guidance in {sum(guided)} of {len(guided)} steps{none}")
     # Two steps, and one wherever guidance begins or ends, as that is another batch for the UNet.
     warm_up = [t for i, t in enumerate(tau) if i < 2 or guided[i] != guided[i - 1]]
+    share = {path: todo[path] for path in list(todo)[state.process_index :: state.num_processes]}
     with tqdm(total=len(share) * len(tau), unit="step", disable=not state.is_local_main_process) as bar:
         for batch in Batches(pipe, share, tau, s.batch_size, bar, s.compile, timing=False, warm_up=warm_up):
             with batch:
@@ -175,17 +176,16 @@ def make_images(s: Settings, share: dict[Path, dict], state, device: torch.devic
                 batch.save(images)
 
 
-def report(s: Settings, out: Path, files: list[str], new: set[str]) -> None:
+def report(s: Settings, paths: list[Path], new: dict[Path, dict]) -> None:
     """Write images.csv and the grid from the finished PNGs, and say where they are and how long the new ones took."""
-    records = [{"file": file} | read_record(out / file) for file in files]
-    table = write_csv(out / "images.csv", pd.DataFrame(records))
-    columns = s.images_per_prompt if 1 < s.images_per_prompt <= 8 else max(4, math.isqrt(len(files)))
+    out, records = paths[0].parent, [read_record(path) for path in paths]
+    table = pd.DataFrame({"file": path.name} | record for path, record in zip(paths, records, strict=True))
+    columns = s.images_per_prompt if 1 < s.images_per_prompt <= 8 else max(4, math.isqrt(len(paths)))
     remove_grids(out)
-    paths, captions = [out / file for file in files], [r["prompt"] for r in records]
-    grids = save_grids(out, "grid", {"": paths}, captions, font=s.font, columns=columns)
-    seconds = [r["seconds_per_image"] for r in records if r["file"] in new]
+    grids = save_grids(out, "grid", {"": paths}, list(table["prompt"]), font=s.font, columns=columns)
+    seconds = [r["seconds_per_image"] for path, r in zip(paths, records, strict=True) if path in new]
     speed = f"{np.median(seconds):.2f} s per image (median), " if seconds else ""
-    print(f"{len(files)} images, {speed}{', '.join(map(str, [table, *grids]))}")
+    print(f"{len(paths)} images, {speed}{', '.join(map(str, [write_csv(out / 'images.csv', table), *grids]))}")
 
 
 def check_settings(s: Settings) -> None:
@@ -218,9 +218,9 @@ def main(s: Settings) -> None:
     with claimed(out, state):
         wanted, common = wanted_images(s, prompts, dtype_name)
         # Images of a longer run before belong to the folder too, if they were made with the same settings.
-        others = {p.name: common | {"seed": s.seed + int(p.stem)} for p in out.glob("[0-9]" * 5 + "*.png")}
+        others = {p.name: common | {"seed": s.seed + int(p.stem)} for p in out.glob("[0-9]" * 5 + "*.png") if read_record(p)}
         done = finished_images(out, dict(sorted((others | wanted).items())), s.overwrite)
-        todo = [file for file in wanted if file not in done]
+        todo = {out / file: record for file, record in wanted.items() if file not in done}
         # Every process has to have looked before the first one writes.
         state.wait_for_everyone()
         if state.is_main_process:
@@ -229,12 +229,11 @@ def main(s: Settings) -> None:
             if len(todo) < len(wanted):
                 print(f"{len(wanted) - len(todo)} of {len(wanted)} images are in {out} already")
         state.wait_for_everyone()
-        with state.split_between_processes(todo) as share:
-            if todo:
-                make_images(s, {out / file: wanted[file] for file in share}, state, device, DTYPES[dtype_name])
+        if todo:
+            make_images(s, todo, state, device, DTYPES[dtype_name])
         state.wait_for_everyone()
         if state.is_main_process:
-            report(s, out, list(wanted), set(todo))
+            report(s, [out / file for file in wanted], todo)
     state.destroy_process_group()
 
 

@@ -55,23 +55,6 @@ def load_package(checkpoint: Path):
     return lambda image, prompt: img_score.score(image, prompt, cp=str(checkpoint))[0]
 
 
-def write_checkpoint(folder: str) -> Path:
-    """ViT-H-14 with random weights, as HPSv2's file has them."""
-    path = Path(folder) / "HPS_v2.1_compressed.pt"
-    torch.manual_seed(0)
-    torch.save({"state_dict": open_clip.create_model("ViT-H-14").half().state_dict()}, path)
-    return path
-
-
-def image_flops(judge: HPSv2, pictures: list[Image.Image], prompts: list[str]) -> float:
-    """Operations of both towers for one picture of these."""
-    # Attention's fast path is one operation whose inside is not counted.
-    torch.backends.mha.set_fastpath_enabled(False)
-    flops = common.flops_of(lambda: judge(pictures, prompts))
-    torch.backends.mha.set_fastpath_enabled(True)
-    return flops / len(pictures)
-
-
 def main(s: Settings) -> None:
     device = common.begin(s)
     cuda = device.type == "cuda"
@@ -85,7 +68,9 @@ def main(s: Settings) -> None:
     starts = range(0, s.images, s.batch_size)
     batches = [(pictures[i : i + s.batch_size], prompts[i : i + s.batch_size]) for i in starts]
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = write_checkpoint(folder)
+        checkpoint = Path(folder) / "HPS_v2.1_compressed.pt"
+        torch.manual_seed(0)
+        torch.save({"state_dict": open_clip.create_model("ViT-H-14").half().state_dict()}, checkpoint)
         theirs, ours = load_package(checkpoint), HPSv2(str(checkpoint))
         ours.load(dtype)
         ours.to(device)
@@ -99,7 +84,8 @@ def main(s: Settings) -> None:
         seconds, scores = {package: [], batched: []}, {}
         theirs(pictures[0], prompts[0])
         ours(*batches[0])
-        floor = image_flops(ours, *batches[0]) / common.matrix_rate(device, dtype)
+        flops = common.flops_of(lambda: ours(*batches[0])) / len(batches[0][0])
+        floor = flops / common.matrix_rate(device, dtype)
         for _ in range(s.rounds):
             for way in (package, batched):
                 start = clock(device)
@@ -109,8 +95,7 @@ def main(s: Settings) -> None:
     each = {way: float(np.median(values)) for way, values in seconds.items()}
     row = common.machine(device) | {"images": s.images, "rounds": s.rounds, "batch_size": s.batch_size}
     row["dtype"] = str(dtype).removeprefix("torch.")
-    row |= {f"{way.__name__}_seconds_per_image": round(x, 4) for way, x in each.items()}
-    row |= {
+    row |= {f"{way.__name__}_seconds_per_image": round(x, 4) for way, x in each.items()} | {
         "images_per_second": round(1 / each[batched], 3),
         "ratio": round(each[package] / each[batched], 2),
         "floor_seconds_per_image": round(floor, 5),

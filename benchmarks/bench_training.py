@@ -77,10 +77,6 @@ def make_pairs(path: Path, n: int, size: int) -> None:
     pd.DataFrame(rows).to_parquet(path)
 
 
-def peak_gigabytes(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
-
-
 def load_models(model: str):
     """The pipeline as train_dipo.py loads it, float32 on the CPU."""
     return train_dipo.load_models(train_dipo.Settings(base_model=model, vae=""), torch.device("cpu"), torch.float32)
@@ -188,7 +184,8 @@ def measure(s: Settings, model: str, folder: Path, device: torch.device, small: 
                 print(f"{way}, batch {batch_size}: left out ({first_line(e)})", flush=True)
                 continue
             rates[way, batch_size] += got[1:]
-            peaks[way, batch_size] = peak_gigabytes(device)
+            if device.type == "cuda":
+                peaks[way, batch_size] = torch.cuda.max_memory_allocated(device) / 1e9
             print(f"{way}, batch {batch_size}: {np.median(got[1:]):.3f} pairs a second", flush=True)
     return {kind: values for kind, values in rates.items() if values}, peaks
 

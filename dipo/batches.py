@@ -57,7 +57,7 @@ class RunBatch(Batch):
 
     def __enter__(self) -> "RunBatch":
         self.before = self.run.bar.n
-        if not self.compiled:
+        if self.run.compiled and not self.compiled:
             self.stance.enter_context(eager())
         return self
 
