@@ -32,10 +32,10 @@ from dipo.figures import BLUE, GREY, ORANGE, describe, save_plot
 from dipo.files import write_csv
 from dipo.judges import HPSv2, PickScore
 from dipo.models import decode, encode, load_part, merge_lora, ready
-from dipo.settings import StudySettings, check_etas, check_steps, check_study, completed
+from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
 from dipo.study import Row, Study, open_study
 from dipo.tables import mean_columns, print_table
-from dipo.timesteps import ddim_timesteps, successive
+from dipo.timesteps import successive
 
 
 @dataclass(kw_only=True)
@@ -94,11 +94,10 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
     """SDXL with the DPO-trained UNet and a DDIM scheduler swapped in."""
     parts = {}
     if s.dpo_unet:
-        parts["unet"] = load_part(UNet2DConditionModel.from_pretrained, "dpo-unet", s.dpo_unet, "unet", dtype)
+        parts["unet"] = load_part(UNet2DConditionModel, "dpo-unet", s.dpo_unet, "unet", dtype)
     if s.vae:
-        parts["vae"] = load_part(AutoencoderKL.from_pretrained, "vae", s.vae, "vae", dtype)
-    load = StableDiffusionXLPipeline.from_pretrained
-    pipe = load_part(load, "base-model", s.base_model, "", dtype, add_watermarker=False, **parts)
+        parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype)
+    pipe = load_part(StableDiffusionXLPipeline, "base-model", s.base_model, "", dtype, add_watermarker=False, **parts)
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     if s.dpo_lora:
@@ -109,17 +108,13 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
 def make_images(s: Settings, study: Study) -> None:
     """Sample what is missing, row by row."""
     pipe = load_pipeline(s, study.device, study.dtype)
-    study.warn_of_long_prompts(pipe)
-    trained = pipe.scheduler.config
-    for row in study.unfinished():
-        tau = ddim_timesteps(row.steps, s.timestep_spacing, trained.num_train_timesteps, trained.steps_offset)
-        for batch in study.batches(pipe, row, tau):
-            with batch:
-                with batch.timed("seconds_sampling"):
-                    latents = sample(pipe, batch, batch.tau, row.eta, s.guidance_scale)
-                with batch.timed("seconds_decoding"):
-                    images = decode(pipe.vae, latents)
-                batch.save(images)
+    for row, batch in study.batches(pipe):
+        with batch:
+            with batch.timed("seconds_sampling"):
+                latents = sample(pipe, batch, batch.tau, row.eta, s.guidance_scale)
+            with batch.timed("seconds_decoding"):
+                images = decode(pipe.vae, latents)
+            batch.save(images)
 
 
 def report(s: Settings, study: Study, rows: list[Row], images: pd.DataFrame) -> None:
@@ -195,7 +190,7 @@ def plot_eta(s: Settings, means: pd.DataFrame, moved: pd.DataFrame, judges: list
 
 def main(s: Settings) -> None:
     s = completed(s, DEMO)
-    check_study(s)
+    check_sampling(s)
     check_steps("num-inference-steps", s.num_inference_steps)
     check_etas("etas", *s.etas)
     rows = [Row(f"eta-{eta:g}", f"η = {eta:g}", s.num_inference_steps, eta) for eta in sorted(s.etas)]
@@ -204,7 +199,7 @@ def main(s: Settings) -> None:
         if study.missing:
             make_images(s, study)
         rows, images = study.results()
-        if study.main:
+        if study.is_main:
             report(s, study, rows, images)
 
 

@@ -40,10 +40,10 @@ from dipo.files import find_path, read_record, write_csv
 from dipo.judges import CLIPScore, HPSv2, Judge, PickScore
 from dipo.models import decode, encode, load_part, merge_lora, quiet_libraries, ready
 from dipo.scores import Scores
-from dipo.settings import StudySettings, check_etas, check_steps, check_study, completed
+from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
 from dipo.study import Row, Study, eta_label, open_study
 from dipo.tables import mean_columns, print_table, win_columns
-from dipo.timesteps import ddim_timesteps, successive
+from dipo.timesteps import successive
 
 
 @dataclass(kw_only=True)
@@ -139,11 +139,10 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
     """SDXL with the DPO-trained UNet and a DDIM scheduler swapped in."""
     parts = {}
     if s.dpo_unet:
-        parts["unet"] = load_part(UNet2DConditionModel.from_pretrained, "dpo-unet", s.dpo_unet, "unet", dtype)
+        parts["unet"] = load_part(UNet2DConditionModel, "dpo-unet", s.dpo_unet, "unet", dtype)
     if s.vae:
-        parts["vae"] = load_part(AutoencoderKL.from_pretrained, "vae", s.vae, "vae", dtype)
-    load = StableDiffusionXLPipeline.from_pretrained
-    pipe = load_part(load, "base-model", s.base_model, "", dtype, add_watermarker=False, **parts)
+        parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype)
+    pipe = load_part(StableDiffusionXLPipeline, "base-model", s.base_model, "", dtype, add_watermarker=False, **parts)
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     if s.dpo_lora:
@@ -154,21 +153,17 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
 def make_images(s: Settings, study: Study) -> None:
     """Sample what is missing, row by row."""
     pipe = load_pipeline(s, study.device, study.dtype)
-    study.warn_of_long_prompts(pipe)
-    trained = pipe.scheduler.config
-    for row in study.unfinished():
-        tau = ddim_timesteps(row.steps, s.timestep_spacing, trained.num_train_timesteps, trained.steps_offset)
-        for batch in study.batches(pipe, row, tau):
-            with batch:
-                with batch.timed("seconds_sampling"):
-                    if row.scheduler is None:
-                        latents = sample(pipe, batch, batch.tau, row.eta, s.guidance_scale)
-                    else:
-                        scheduler = row.scheduler.from_config(trained, timestep_spacing=s.timestep_spacing)
-                        latents = sample_by(pipe, batch, scheduler, len(batch.tau), s.guidance_scale)
-                with batch.timed("seconds_decoding"):
-                    images = decode(pipe.vae, latents)
-                batch.save(images)
+    for row, batch in study.batches(pipe):
+        with batch:
+            with batch.timed("seconds_sampling"):
+                if row.scheduler is None:
+                    latents = sample(pipe, batch, batch.tau, row.eta, s.guidance_scale)
+                else:
+                    scheduler = row.scheduler.from_config(pipe.scheduler.config, timestep_spacing=s.timestep_spacing)
+                    latents = sample_by(pipe, batch, scheduler, len(batch.tau), s.guidance_scale)
+            with batch.timed("seconds_decoding"):
+                images = decode(pipe.vae, latents)
+            batch.save(images)
 
 
 def study_rows(s: Settings) -> list[Row]:
@@ -285,23 +280,24 @@ def score_folders(s: Settings, judges: list[Judge]) -> None:
     """Score folders of finished images and print their means, and win rates of the first one over the others."""
     state, device = start(s.device)
     quiet_libraries()
-    tables = {}
+    found, tables = {}, {}
     for folder in s.folders:
         path = find_path(folder)
         if not path or not path.is_dir():
             raise cli.UserError(f"--folders {folder}: no such folder; give one that hasty_sample.py made images in")
-        records = {p.name: r for p in sorted(path.glob("[0-9]" * 5 + "*.png")) if (r := read_record(p))}
-        if not records:
+        found[folder] = {p.name: r for p in sorted(path.glob("[0-9]" * 5 + "*.png")) if (r := read_record(p))}
+        if not found[folder]:
             raise cli.UserError(f"--folders {folder}: no image with its prompt inside; make some with hasty_sample.py")
-        scores = Scores(path, judges, dtype_for(s.dtype, device))
+    for folder, records in found.items():
+        scores = Scores(find_path(folder), judges, dtype_for(s.dtype, device))
         tables[folder] = scores.complete(records, state, device, s.scoring_batch_size).assign(variant=folder)
     if not state.is_main_process:
         return
     images = pd.concat(tables.values())
-    means = stats.means(images, list(s.folders), [j.name for j in judges])
+    means = stats.means(images, list(found), [j.name for j in judges])
     columns = {"folder": "variant", "n": "n"} | mean_columns(judges)
     print_table("Means over prompts with 95 % bootstrap intervals", means, columns)
-    a, *others = s.folders
+    a, *others = found
     for b in others:
         wins = pd.DataFrame({"score": j.label, **stats.wins(images, a, b, j.name)} for j in judges)
         if wins["n"].any():
@@ -313,7 +309,7 @@ def score_folders(s: Settings, judges: list[Judge]) -> None:
 
 def check_settings(s: Settings) -> None:
     """Raise UserError for every value that can be judged without loading a model."""
-    check_study(s)
+    check_sampling(s)
     check_steps("steps", *s.steps)
     check_steps("baseline-steps", *s.baseline_steps)
     check_steps("sampler-steps", *s.sampler_steps)
@@ -339,9 +335,8 @@ def main(s: Settings) -> None:
     with open_study(s, rows, judges) as study:
         if study.missing:
             make_images(s, study)
-        there, images = study.results()
-        study.need(there, baseline)
-        if study.main:
+        there, images = study.results(baseline)
+        if study.is_main:
             report(s, study, there, baseline, images)
 
 

@@ -91,9 +91,7 @@ PICKAPIC = Source("yuvalkirstain/pickapic_v2", "main", kind="dataset")
 SCRIPTS = {
     "hasty_sample.py": ("base_model", "dpo_unet", "vae", "parti", "pickapic"),
     "train_dipo.py": ("base_model", "vae", "dataset"),
-    "compare_quality.py": (
-        *("base_model", "dpo_unet", "vae", "pickscore", "pickscore_processor", "hpsv2", "clip", "parti", "pickapic"),
-    ),
+    "compare_quality.py": tuple(name.replace("-", "_") for name in (*SOURCES, "pickapic")),
 }
 
 

@@ -30,18 +30,9 @@ from dipo import cli
 from dipo.batches import Batch, Batches
 from dipo.compiled import projected_once
 from dipo.devices import DTYPES, claimed, dtype_for, start
-from dipo.files import finished_images, read_record, writable_folder, write_csv
+from dipo.files import fingerprint, finished_images, read_record, writable_folder, write_csv
 from dipo.grids import remove_grids, save_grids
-from dipo.models import (
-    decode,
-    encode,
-    image_settings,
-    load_part,
-    merge_lora,
-    quiet_libraries,
-    ready,
-    warn_of_long_prompts,
-)
+from dipo.models import decode, encode, image_settings, load_part, merge_lora, quiet_libraries, ready, warn_of_long_prompts
 from dipo.prompts import one_line, read_prompts
 from dipo.settings import SamplingSettings, check_etas, check_sampling, check_steps, completed
 from dipo.timesteps import ddim_timesteps, successive
@@ -87,13 +78,7 @@ EXAMPLE_PROMPTS = (
 
 @torch.no_grad()
 def sample(
-    pipe: StableDiffusionXLPipeline,
-    batch: Batch,
-    tau: list[int],
-    eta: float,
-    w: float,
-    interval: tuple[float, float] | None = None,
-    negative_prompt: str = "",
+    pipe: StableDiffusionXLPipeline, batch: Batch, tau: list[int], eta: float, w: float, interval=None, negative_prompt=""
 ) -> torch.Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16) with classifier-free guidance w (Ho and Salimans 2022).
 
@@ -124,11 +109,10 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
     """SDXL with the DPO-trained UNet and a DDIM scheduler swapped in."""
     parts = {}
     if s.dpo_unet:
-        parts["unet"] = load_part(UNet2DConditionModel.from_pretrained, "dpo-unet", s.dpo_unet, "unet", dtype)
+        parts["unet"] = load_part(UNet2DConditionModel, "dpo-unet", s.dpo_unet, "unet", dtype)
     if s.vae:
-        parts["vae"] = load_part(AutoencoderKL.from_pretrained, "vae", s.vae, "vae", dtype)
-    load = StableDiffusionXLPipeline.from_pretrained
-    pipe = load_part(load, "base-model", s.base_model, "", dtype, add_watermarker=False, **parts)
+        parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype)
+    pipe = load_part(StableDiffusionXLPipeline, "base-model", s.base_model, "", dtype, add_watermarker=False, **parts)
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     if s.dpo_lora:
@@ -139,6 +123,8 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
 def wanted_images(s: Settings, prompts: list[str], dtype_name: str) -> tuple[dict[str, dict], dict]:
     """The settings of every image by its file in the folder, and those that all have in common."""
     common = image_settings(s, dtype_name)
+    # In the order in which images have had them since before there was a dpo_lora.
+    common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae, s.dpo_lora)
     for name in ("num_inference_steps", "eta", "negative_prompt"):
         common[name] = getattr(s, name)
     common["guidance_interval"] = s.guidance_interval and list(s.guidance_interval)
@@ -168,7 +154,7 @@ def make_images(s: Settings, todo: dict[Path, dict], state, device: torch.device
     warm_up = [t for i, t in enumerate(tau) if i < 2 or guided[i] != guided[i - 1]]
     share = {path: todo[path] for path in list(todo)[state.process_index :: state.num_processes]}
     with tqdm(total=len(share) * len(tau), unit="step", disable=not state.is_local_main_process) as bar:
-        for batch in Batches(pipe, share, tau, s.batch_size, bar, s.compile, timing=False, warm_up=warm_up):
+        for batch in Batches(pipe, share, tau, min(s.batch_size, len(share)), bar, s.compile, timing=False, warm_up=warm_up):
             with batch:
                 with batch.timed("seconds_per_image"):
                     latents = sample(pipe, batch, batch.tau, s.eta, s.guidance_scale, s.guidance_interval, s.negative_prompt)
@@ -199,9 +185,7 @@ def check_settings(s: Settings) -> None:
                 f"--guidance-interval {low} {high}: use two noise levels, the lower one first; SDXL's go from 0.03 to 14.6"
             )
         if s.guidance_scale <= 1:
-            raise cli.UserError(
-                f"--guidance-interval: --guidance-scale {s.guidance_scale:g} switches guidance off; use above 1"
-            )
+            raise cli.UserError(f"--guidance-interval: --guidance-scale {s.guidance_scale:g} switches it off; use above 1")
     check_sampling(s)
 
 

@@ -42,19 +42,8 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
-from dipo import cli
+from dipo import checkpoints, cli, training
 from dipo.cache import open_pairs, read_note
-from dipo.checkpoints import (
-    Signals,
-    add_metrics,
-    count_step,
-    find_progress,
-    full_disk_told,
-    load_checkpoint,
-    lora_hooks,
-    open_metrics,
-    save_checkpoint,
-)
 from dipo.cli import Stopped, UserError
 from dipo.devices import DTYPES, claimed, on_cpu
 from dipo.files import writable_folder
@@ -63,26 +52,6 @@ from dipo.pairs import check_usable, make_loader, open_dataset, quiet_data
 from dipo.prompts import read_prompts
 from dipo.results import base_pictures, plot_metrics, save_result, validate
 from dipo.settings import completed
-from dipo.training import (
-    accumulation_steps,
-    add_lora,
-    autocast,
-    base_model,
-    best_precision,
-    check_moved,
-    check_skipped,
-    check_start,
-    check_training,
-    clip,
-    drift,
-    encode_unconditional,
-    in_parts,
-    make_optimizer,
-    make_reference,
-    out_of_memory_told,
-    prepare_batch,
-    probe,
-)
 
 
 @dataclass(kw_only=True)
@@ -219,7 +188,7 @@ def complete(s: Settings) -> Settings:
     if s.demo and not s.cache_dir:
         s = replace(s, cache_dir=str(Path(s.output_dir) / "cache"))
     if s.mixed_precision == "auto":
-        s = replace(s, mixed_precision=best_precision(s.device))
+        s = replace(s, mixed_precision=training.best_precision(s.device))
     return s
 
 
@@ -229,15 +198,15 @@ def open_accelerator(s: Settings, out: Path) -> Accelerator:
     accelerator = Accelerator(
         cpu=on_cpu(s.device),
         mixed_precision=s.mixed_precision,
-        gradient_accumulation_steps=accumulation_steps(s.effective_batch_size, s.train_batch_size, world),
+        gradient_accumulation_steps=training.accumulation_steps(s.effective_batch_size, s.train_batch_size, world),
         log_with=["tensorboard", "wandb"] if s.wandb else ["tensorboard"],
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
         # A process that encodes or writes keeps the others waiting longer than the ten minutes that NCCL would allow.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
-    if in_parts(accelerator) and s.optimizer == "adafactor":
+    if training.in_parts(accelerator) and s.optimizer == "adafactor":
         raise UserError("--optimizer adafactor: does not work on weights in parts (FSDP, DeepSpeed); use --optimizer adamw")
-    if in_parts(accelerator) and s.lora_rank:
+    if training.in_parts(accelerator) and s.lora_rank:
         raise UserError(f"--lora-rank {s.lora_rank}: has no use for FSDP or DeepSpeed; launch without their configuration")
     return accelerator
 
@@ -260,13 +229,12 @@ def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> Stable
     Raises UserError when a model cannot be loaded or does not predict the noise.
     """
     unet_dtype = dtype if s.lora_rank else torch.float32
-    parts = {"unet": load_part(UNet2DConditionModel.from_pretrained, "base-model", s.base_model, "unet", unet_dtype)}
+    parts = {"unet": load_part(UNet2DConditionModel, "base-model", s.base_model, "unet", unet_dtype)}
     if s.vae:
-        parts["vae"] = load_part(AutoencoderKL.from_pretrained, "vae", s.vae, "vae", dtype)
-    load = StableDiffusionXLPipeline.from_pretrained
-    pipe = load_part(load, "base-model", s.base_model, "", dtype, **parts, add_watermarker=False)
+        parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype)
+    pipe = load_part(StableDiffusionXLPipeline, "base-model", s.base_model, "", dtype, **parts, add_watermarker=False)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
-    pipe = ready(pipe, s, device)
+    pipe = ready(pipe, s, device, less="--lora-rank 64")
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.requires_grad_(False).eval()
     return pipe
@@ -277,10 +245,10 @@ def wrap(s: Settings, pipe: StableDiffusionXLPipeline, accelerator: Accelerator)
     unet, dtype, reference = pipe.unet, s.dtype, None
     if s.lora_rank:
         torch.manual_seed(s.seed)
-        add_lora(unet, s.lora_rank, dtype)
-        lora_hooks(accelerator, unet)
+        training.add_lora(unet, s.lora_rank, dtype)
+        checkpoints.lora_hooks(accelerator, unet)
     else:
-        reference = make_reference(unet, dtype, norms=dtype if in_parts(accelerator) else torch.float32)
+        reference = training.make_reference(unet, dtype, norms=dtype if training.in_parts(accelerator) else torch.float32)
     unet.train()
     if s.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -294,7 +262,7 @@ def wrap(s: Settings, pipe: StableDiffusionXLPipeline, accelerator: Accelerator)
 
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    optimizer = make_optimizer(s, [p for p in unet.parameters() if p.requires_grad], s.full_learning_rate)
+    optimizer = training.make_optimizer(s, [p for p in unet.parameters() if p.requires_grad], s.full_learning_rate)
     model, optimizer = accelerator.prepare(unet, optimizer)
     return model, optimizer, reference
 
@@ -303,13 +271,13 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
     """The optimizer steps up to max_train_steps. Returns the signal that ended them early, 0 if none did."""
     device, deepspeed = accelerator.device, accelerator.distributed_type == "DEEPSPEED"
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    unconditional = encode_unconditional(pipe)
+    unconditional = training.encode_unconditional(pipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    batches, before = iter(loader), probe(parameters)
+    batches, before = iter(loader), training.probe(parameters)
     loader_state, size = loader.state_dict(), s.effective_batch_size
     total, done = s.max_train_steps * size, progress["step"] * size
     bar = tqdm(total=total, initial=done, unit="pair", desc="training", disable=not accelerator.is_main_process)
-    with bar, Signals() as signals:
+    with bar, checkpoints.Signals() as signals:
         while progress["step"] < s.max_train_steps:
             lr = s.full_learning_rate * min(1.0, (progress["step"] + 1) / max(1, s.lr_warmup_steps))
             for group in optimizer.param_groups:
@@ -321,21 +289,25 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                     keep(s, accelerator, out, progress, loader_state)
                     return number
                 batch = next(batches)
-                latents, text = prepare_batch(pipe, batch, unconditional)
+                latents, text = training.prepare_batch(pipe, batch, unconditional)
                 noise, t = (batch[k].to(device, non_blocking=True) for k in ("noise", "timestep"))
                 t = torch.cat([t, t])
                 noisy = noise_scheduler.add_noise(latents, torch.cat([noise, noise]), t).to(s.dtype)
                 given = text.last(len(noisy))
                 with accelerator.accumulate(model):
-                    with torch.no_grad(), autocast(accelerator), base_model(model, pipe.unet, reference) as base:
+                    with (
+                        torch.no_grad(),
+                        training.autocast(accelerator),
+                        training.base_model(model, pipe.unet, reference) as base,
+                    ):
                         reference_pred = base(noisy, t, **given)[0]
                     model_pred = model(noisy, t, **given)[0]
                     loss, argument, m, r = dpo_loss(model_pred, reference_pred, noise, s.beta_dpo)
                     if progress["step"] == 0 and i == 0:
-                        check_start(argument)
+                        training.check_start(argument)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        norm = clip(accelerator, parameters, s.max_grad_norm)
+                        norm = training.clip(accelerator, parameters, s.max_grad_norm)
                         # The scaler of fp16 and DeepSpeed leave out such a step by themselves, and have to see it.
                         if math.isfinite(norm) or accelerator.scaler is not None or deepspeed:
                             optimizer.step()
@@ -348,25 +320,25 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
             loss, accuracy, m, r, *counts = accelerator.reduce(torch.cat([sums, left_out.to(device)]), "sum").tolist()
             skipped = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
             skipped |= not math.isfinite(norm) and not deepspeed
-            step = count_step(progress, size, skipped, *counts)
+            step = checkpoints.count_step(progress, size, skipped, *counts)
             loader_state = loader.state_dict()
             row = {"loss": loss, "implicit_accuracy": accuracy, "model_mse": m, "reference_mse": r}
             row |= {"learning_rate": lr, "grad_norm": norm, "pairs_per_second": size / (time.perf_counter() - began)}
             row |= {k: progress[k] for k in ("skipped", "ties", "unreadable")}
             accelerator.log(row, step=step)
             if accelerator.is_main_process:
-                add_metrics(out / "metrics.csv", {"step": step} | row)
+                checkpoints.add_metrics(out / "metrics.csv", {"step": step} | row)
             bar.update(size)
             bar.set_postfix_str(f"step {step}, loss {loss:.4f}, accuracy {accuracy:.2f}, mse {m:.4f}, reference's {r:.4f}")
             if skipped:
                 so_far = progress["skipped"]
                 accelerator.print(f"step {step}: loss or gradient is not finite; step skipped ({so_far} so far)")
             elif before is not None and not deepspeed:  # which moves float32 copies
-                check_moved(before, parameters, lr, s.lora_rank > 0, accelerator)
+                training.check_moved(before, parameters, lr, s.lora_rank > 0, accelerator)
                 before = None
-            check_skipped(progress["skipped_in_row"], out / "checkpoints")
+            training.check_skipped(progress["skipped_in_row"], out / "checkpoints")
 
-            last, drifted = step >= s.max_train_steps, drift(step, m, r, s.max_mse_ratio)
+            last, drifted = step >= s.max_train_steps, training.drift_error(step, m, r, s.max_mse_ratio)
             if s.validate_every and not drifted and (last or step % s.validate_every == 0):
                 validate(s, pipe, model, prompts, accelerator, out, step)
             if last or drifted or step % s.checkpoint_every == 0:
@@ -378,7 +350,7 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
 
 def keep(s: Settings, accelerator: Accelerator, out: Path, progress: dict, loader_state: dict) -> None:
     """A checkpoint, and loss.png up to it."""
-    save_checkpoint(accelerator, out, progress, loader_state, s.keep_checkpoints)
+    checkpoints.save_checkpoint(accelerator, out, progress, loader_state, s.keep_checkpoints)
     if accelerator.is_main_process:
         plot_metrics(out)
 
@@ -390,7 +362,7 @@ def release(s: Settings, accelerator: Accelerator, pipe, model, progress: dict, 
         summary = {"steps": progress["step"], "effective_learning_rate": s.full_learning_rate}
         summary |= {k: progress[k] for k in ("processes", "pairs", "ties", "unreadable", "skipped")}
         summary |= {f"{m.__name__}_version": str(m.__version__) for m in (torch, diffusers, transformers)}
-        with full_disk_told(out):
+        with checkpoints.full_disk_told(out):
             save_result(s, out, pipe.unet, weights, summary)
         print(
             f"{out}: {progress['step']} steps, {progress['ties']} ties and {progress['unreadable']} unreadable pairs left "
@@ -402,7 +374,7 @@ def release(s: Settings, accelerator: Accelerator, pipe, model, progress: dict, 
 
 def main(s: Settings) -> None:
     s = complete(s)
-    check_training(s)
+    training.check_training(s)
     prompts = list(VALIDATION_PROMPTS)
     if s.validation_prompts:
         prompts = list(read_prompts(s.validation_prompts, flag="validation-prompts")["prompt"][:8])
@@ -411,8 +383,8 @@ def main(s: Settings) -> None:
     out = writable_folder(s.output_dir)
     accelerator = open_accelerator(s, out)
     rows = None if read_note(s.cache_dir).get("complete") else open_dataset(s.dataset)
-    with claimed(out, accelerator), out_of_memory_told(s.train_batch_size):
-        checkpoint, progress = find_progress(s, out, accelerator)
+    with claimed(out, accelerator), training.out_of_memory_told(s.train_batch_size):
+        checkpoint, progress = checkpoints.find_progress(s, out, accelerator)
         if rows is not None:
             check_usable(rows, s.dataset)
         tell_rates(s, accelerator)
@@ -422,15 +394,15 @@ def main(s: Settings) -> None:
         loader = make_loader(pairs, s.train_batch_size, s.num_workers, accelerator.device)
         model, optimizer, reference = wrap(s, pipe, accelerator)
         if checkpoint:
-            load_checkpoint(accelerator, checkpoint, loader)
+            checkpoints.load_checkpoint(accelerator, checkpoint, loader)
         same_prompts = checkpoint and progress["settings"]["validation_prompts"] == s.validation_prompts
         progress |= left_out | {"settings": asdict(s)}
         if accelerator.is_main_process:
-            open_metrics(out / "metrics.csv", progress["step"])
+            checkpoints.open_metrics(out / "metrics.csv", progress["step"])
         config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
         accelerator.init_trackers("dipo", config, {"tensorboard": {"purge_step": progress["step"] + 1}})
         if s.validate_every and not (same_prompts and base_pictures(out, prompts)[-1].exists()):
-            with base_model(model, pipe.unet, reference) as base:
+            with training.base_model(model, pipe.unet, reference) as base:
                 validate(s, pipe, base, prompts, accelerator, out, step=0)
         if progress["step"] >= s.max_train_steps:
             accelerator.print(

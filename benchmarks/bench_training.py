@@ -147,7 +147,7 @@ def our_way(s: Settings, model: str, pairs: Path, folder: Path, batch_size: int,
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     with (
-        unittest.mock.patch.object(train_dipo, "save_checkpoint"),
+        unittest.mock.patch.object(train_dipo.checkpoints, "save_checkpoint"),
         unittest.mock.patch.object(train_dipo, "save_result"),
     ):
         train_dipo.main(settings)

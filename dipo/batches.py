@@ -14,8 +14,8 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
-from dipo.cli import UserError, first_line
-from dipo.compiled import compile_unet, eager, forget_compiled
+from dipo.cli import UserError
+from dipo.compiled import compile_unet, compiling, eager, forget_compiled
 from dipo.devices import clock, device_name
 from dipo.files import save_png
 
@@ -57,18 +57,19 @@ class RunBatch(Batch):
 
     def __enter__(self) -> "RunBatch":
         self.before = self.run.bar.n
-        if self.run.compiled and not self.compiled:
+        if self.compiled and self.warm_up:
+            self.stance.enter_context(compiling())
+        elif self.run.compiled and not self.compiled:
             self.stance.enter_context(eager())
         return self
 
     def __exit__(self, kind, error, traceback) -> bool:
-        self.stance.close()
-        if isinstance(error, Exception) and should_reduce_batch_size(error):
-            self.out_of_memory = True
+        self.out_of_memory = isinstance(error, Exception) and should_reduce_batch_size(error)
+        if self.out_of_memory:
             self.run.bar.update(self.before - self.run.bar.n)
-        elif isinstance(error, Exception) and self.compiled and self.warm_up:
-            raise UserError(f"--compile: torch.compile fails here ({first_line(error)[:200]}); leave it out") from error
-        return self.out_of_memory
+            self.stance.close()
+            return True
+        return self.stance.__exit__(kind, error, traceback)
 
     def progress(self, steps: Iterable) -> Iterator:
         for step in steps:
@@ -113,56 +114,49 @@ class Batches:
 
     todo: records, with prompt, seed, height and width, by path. tau: the timesteps. size: of a batch, at most. bar: counts
     steps of images. compiled: use torch.compile for full batches. timing: times are to be trusted, so a warm-up comes before
-    the first batch of each size, and no PNG is written while the next batch is sampled. warm_up: its timesteps.
+    the first batch of each size that is not in warm, and no PNG is written while the next batch is sampled. warm_up: its
+    timesteps.
     """
 
     def __init__(
-        self,
-        pipe: StableDiffusionXLPipeline,
-        todo: dict[Path, dict],
-        tau: list[int],
-        size: int,
-        bar: tqdm,
-        compiled: bool = False,
-        timing: bool = True,
-        warm_up: list[int] | None = None,
+        self, pipe, todo: dict[Path, dict], tau, size: int, bar: tqdm, compiled=False, timing=True, warm_up=None, warm=None
     ):
         self.pipe, self.todo, self.tau, self.bar = pipe, todo, tau, bar
-        self.size, self.compiled, self.timing = min(size, len(todo)), compiled, timing
-        self.warm_up = tau[:2] if warm_up is None else warm_up
+        self.size, self.compiled, self.timing = size, compiled, timing
+        self.warm_up, self.warm = warm_up or tau[:2], set() if warm is None else warm
         self.writer, self.writing = ThreadPoolExecutor(1), list[Future]()
 
     def __iter__(self) -> Iterator[RunBatch]:
-        left, warm = list(self.todo), set()
+        left = list(self.todo)
         with self.writer:
             while left:
                 paths = left[: self.size]
                 done = len(self.todo) - len(left)
                 self.bar.set_postfix_str(f"image {done + 1}-{done + len(paths)} of {len(self.todo)}")
-                for batch in self.passes(paths, warm):
+                for batch in self.passes(paths):
                     yield batch
                     if batch.out_of_memory:
-                        self.halve()
-                        warm.clear()
+                        self.halve(len(paths))
                         break
                 else:
+                    self.warm.add(len(paths))
                     del left[: len(paths)]
             self.wait()
 
-    def passes(self, paths: list[Path], warm: set[int]) -> Iterator[RunBatch]:
+    def passes(self, paths: list[Path]) -> Iterator[RunBatch]:
         """The warm-ups of a size that has not been run before, and the batch itself."""
         compiled = self.compiled and len(paths) == self.size
         if compiled:
             compile_unet(self.pipe)
-        if (self.timing or compiled) and len(paths) not in warm:
+        if (self.timing or compiled) and len(paths) not in self.warm:
             # CUDA graphs are recorded in the second call.
             for _ in range(1 + compiled):
                 yield RunBatch(self, paths, self.warm_up, compiled, warm_up=True)
-            warm.add(len(paths))
         yield RunBatch(self, paths, self.tau, compiled, warm_up=False)
 
-    def halve(self) -> None:
-        self.size //= 2
+    def halve(self, tried: int) -> None:
+        self.size = tried // 2
+        self.warm.clear()
         if not self.size:
             raise UserError("one image alone does not fit into the memory; use a smaller --height and --width")
         clear_device_cache(garbage_collection=True)

@@ -89,9 +89,7 @@ def agreed_note(s, pipe: StableDiffusionXLPipeline, accelerator: Accelerator, re
     note = read_note(s.cache_dir)
     for key, value in wanted.items():
         if note.get(key) != value:
-            raise UserError(
-                f"--cache-dir {s.cache_dir}: made with {key} {note.get(key)!r}, this run has {value!r}; give another"
-            )
+            raise UserError(f"--cache-dir {s.cache_dir}: made with {key} {note.get(key)!r}, not {value!r}; give another")
     if not note.get("complete") and note["processes"] != world:
         raise UserError(f"--cache-dir {s.cache_dir}: begun by {note['processes']} processes; finish it so, or give another")
     return note

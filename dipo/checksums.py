@@ -18,10 +18,8 @@ class DownloadError(UserError):
 
 class File(NamedTuple):
     path: str
-    size: int | None
-    """in bytes"""
-    checksum: str
-    """SHA-256 of a large file, git's SHA-1 of a small one: what the hub has"""
+    size: int | None  # in bytes
+    checksum: str  # SHA-256 of a large file, git's SHA-1 of a small one: what the hub has
 
 
 def count(files) -> str:

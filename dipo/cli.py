@@ -66,7 +66,7 @@ def run(main, settings: type, description: str, again: str = "the same command g
     except BrokenPipeError:
         # Whoever read the output has gone; what Python would say of that at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        leave(1)
     except Exception as e:
         if isinstance(e, OSError) and e.errno in REPAIRABLE:
             place = e.filename or getattr(s, "output_dir", "the disk")
@@ -83,6 +83,10 @@ def end(message: str, code: int) -> None:
         time.sleep(10)
         message = f"[process {rank}] {message}"
     print(message, file=sys.stderr, flush=True)
+    leave(code)
+
+
+def leave(code: int) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         os._exit(code)

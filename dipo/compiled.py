@@ -1,11 +1,14 @@
 """A faster UNet: keys and values of the prompt once for all steps, and torch.compile."""
 
 import contextlib
+import sys
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
+from tqdm import tqdm
 
+from dipo.cli import UserError, first_line
 from dipo.models import Text
 
 # torch.compile's options on a GPU, those of huggingface/diffusion-fast.
@@ -61,11 +64,24 @@ def compile_unet(pipe: StableDiffusionXLPipeline) -> None:
     the VAE's decoder too, at its next calls. What is compiled stays in torch's own cache on the disk."""
     if pipe.unet._compiled_call_impl is not None:
         return
+    tqdm.write("compiling the UNet, which takes longest the first time", file=sys.stderr)
     cuda = pipe.unet.device.type == "cuda"
-    pipe.unet.fuse_qkv_projections()
-    for part in [pipe.unet] + [pipe.vae.decoder] * cuda:
-        part.to(memory_format=torch.channels_last)
-        part.compile(options=INDUCTOR if cuda else None, fullgraph=True, dynamic=False)
+    with compiling():
+        pipe.unet.fuse_qkv_projections()
+        for part in [pipe.unet] + [pipe.vae.decoder] * cuda:
+            part.to(memory_format=torch.channels_last)
+            part.compile(options=INDUCTOR if cuda else None, fullgraph=True, dynamic=False)
+
+
+@contextlib.contextmanager
+def compiling():
+    """UserError for what goes wrong with torch.compile inside (no compiler on the machine, say), but lack of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:
+        raise UserError(f"--compile: torch.compile fails here ({first_line(e)[:200]}); leave it out") from e
 
 
 def forget_compiled(pipe: StableDiffusionXLPipeline) -> None:

@@ -67,7 +67,8 @@ def claimed(folder: Path, state, flag: str = "output-dir"):
 
 def dtype_for(name: str, device: torch.device) -> str:
     """fp16, bf16 or fp32: what --dtype says, where it says auto fp16 on a GPU and fp32 on the CPU."""
-    return name if name != "auto" else "fp32" if device.type == "cpu" else "fp16"
+    automatic = "fp32" if device.type == "cpu" else "fp16"
+    return automatic if name == "auto" else name
 
 
 def device_name(device: torch.device) -> str:

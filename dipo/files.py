@@ -36,7 +36,9 @@ def written_whole(path: Path):
             shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
     except Exception:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
         raise
 
 
@@ -67,9 +69,6 @@ def writable_folder(name: str, flag: str = "output-dir") -> Path:
     except (OSError, RuntimeError) as e:
         raise UserError(f"--{flag} {name}: cannot be written to ({first_line(e)}); give another") from e
     return folder
-
-
-# --------------------------------------------------------------------------------------------------------------- images
 
 
 def infotext(record: dict) -> str:
@@ -136,9 +135,7 @@ def finished_images(folder: Path, wanted: dict[str, dict], overwrite: bool) -> d
             raise UserError(f"{folder / file} was not made by this script and would be lost; choose another --output-dir")
         what = difference(record, settings) if record else None
         if what and not overwrite:
-            raise UserError(
-                f"{folder / file} was made with {what}; choose another --output-dir, or --overwrite to replace it"
-            )
+            raise UserError(f"{folder / file} was made with {what}; choose another --output-dir, or --overwrite replaces it")
         if record and not what:
             done[file] = record
     return done

@@ -17,13 +17,7 @@ MARK = ("Software", "DIPO")
 
 
 def save_grids(
-    folder: Path,
-    stem: str,
-    rows: dict[str, list[Path]],
-    captions: list[str],
-    title: str = "",
-    font: str = "",
-    columns: int = 8,
+    folder: Path, stem: str, rows: dict[str, list[Path]], captions: list[str], title="", font="", columns=8
 ) -> list[Path]:
     """Save pages with a labelled row of pictures for each of rows, in bands of so many columns, the captions under them and
     the title on top. Returns their paths: folder/stem.png, or stem-1.png and so on.

@@ -31,14 +31,10 @@ WAITS = (1, 2, 4, 8)
 @dataclass(frozen=True)
 class Source:
     repo: str
-    revision: str
-    """a commit, or a branch where no commit is known to us"""
-    files: tuple[str, ...] = ()
-    """what is fetched; of alternatives with | between, the first that is there"""
-    optional: tuple[str, ...] = ()
-    """fetched where it is there"""
-    kind: str = "model"
-    """the hub's word for it: model or dataset"""
+    revision: str  # a commit, or a branch where no commit is known to us
+    files: tuple[str, ...] = ()  # what is fetched; of alternatives with | between, the first that is there
+    optional: tuple[str, ...] = ()  # fetched where it is there
+    kind: str = "model"  # the hub's word for it: model or dataset
 
 
 class RepositoryError(DownloadError):
@@ -53,9 +49,6 @@ def noted(failed: list[RepositoryError]):
     except RepositoryError as e:
         failed.append(e)
         tqdm.write(f"error: {e}", sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------------------------- failures
 
 
 class Again(Exception):
@@ -125,9 +118,6 @@ def clean(text: str) -> str:
     return re.sub(r"(https?://)[^/\s@]*@", r"\1", re.sub(r"(https?://[^\s?]+)\?[^\s,)]*", r"\1", text))
 
 
-# -------------------------------------------------------------------------------------------------------- what there is
-
-
 def repo_info(source: Source, revision: str, **more):
     """The hub's information on a repository, its sha the commit that revision is now. Raises DownloadError."""
     call = functools.partial(
@@ -135,9 +125,7 @@ def repo_info(source: Source, revision: str, **more):
     )
     info = persist(call, source, threading.Event(), transport=False)
     if not info.sha:
-        raise RepositoryError(
-            f"{source.repo} at {clean(ENDPOINT)}: does not say which commit it has; use another HF_ENDPOINT"
-        )
+        raise RepositoryError(f"{source.repo} at {clean(ENDPOINT)}: does not say its commit; use another HF_ENDPOINT")
     return info
 
 
@@ -195,14 +183,9 @@ def find_snapshot(source: Source, revision: str, folder: Path) -> Snapshot:
     for name in sorted(chosen):
         checksum = there[name].lfs.sha256 if there[name].lfs else there[name].blob_id
         if not checksum:
-            raise RepositoryError(
-                f"{source.repo}: no checksum of {name} from {clean(ENDPOINT)}; use another mirror (HF_ENDPOINT)"
-            )
+            raise RepositoryError(f"{source.repo}: no checksum of {name} from {clean(ENDPOINT)}; use another HF_ENDPOINT")
         files.append(File(name, there[name].size, checksum))
     return Snapshot(source, info.sha, files, folder)
-
-
-# ------------------------------------------------------------------------------------------------------------- fetching
 
 
 class Part(io.FileIO):

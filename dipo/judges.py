@@ -26,7 +26,7 @@ def loading(flag: str, name: str, *files: str):
     try:
         yield
     except Exception as e:
-        what, reason = " and ".join(files) or "it", first_line(root_cause(e))[:200]
+        what, reason = " and ".join(files) or "the model", first_line(root_cause(e))[:200]
         raise UserError(
             f"--{flag} {name}: {what} cannot be loaded ({reason}); fetch it with download_models.py or hf download, or set "
             f"{flag.replace('-', '_')} at the top of the script to a copy; images that are made already are kept"
@@ -49,19 +49,16 @@ class Judge:
     name = label = source = ""
     digits = 4
     weights: tuple[str, ...] = ()
-    model: torch.nn.Module
+    model: torch.nn.Module | None = None
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
 
 
 class ClipJudge(Judge):
-    """A judge that is a CLIPModel of transformers with its processor."""
+    """A judge that is a CLIPModel of transformers with its processor; of_cosine makes its scores."""
 
     prefix = ""
-
-    def of_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
 
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:

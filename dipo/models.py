@@ -7,6 +7,7 @@ from typing import NamedTuple
 import diffusers
 import torch
 import transformers
+from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import errors
 
@@ -14,14 +15,15 @@ from dipo.cli import UserError, first_line
 from dipo.files import find_path, fingerprint
 
 
-def load_part(loader, flag: str, name: str, subfolder: str, dtype: torch.dtype, **more):
+def load_part(cls, flag: str, name: str, subfolder: str, dtype: torch.dtype | None = None, **more):
     """One model of a diffusers pipeline from a folder or the hub, from its subfolder where there is one.
 
-    loader: a from_pretrained or load_config of diffusers, called with more. Of files in full and half precision (variant
-    fp16) those that fit dtype are preferred. Raises UserError when nothing usable is found.
+    cls: a class of diffusers, loaded with more; its configuration alone without a dtype. Of files in full and half precision
+    (variant fp16) those that fit dtype are preferred. Raises UserError when nothing usable is found.
     """
     path = find_path(name)
-    variants = [None, "fp16"] if dtype == torch.float32 else ["fp16", None]
+    loader = cls.from_pretrained if dtype else cls.load_config
+    variants = ["fp16", None] if dtype in (torch.float16, torch.bfloat16) else [None, "fp16"]
     if path:
         inner = subfolder if (path / subfolder / "config.json").exists() else ""
         half_files = any((path / inner).rglob("*.fp16.safetensors"))
@@ -46,9 +48,7 @@ def load_part(loader, flag: str, name: str, subfolder: str, dtype: torch.dtype, 
         errors.RepositoryNotFoundError: "neither a folder nor a model on the hub that this user may read",
     }
     reason = next((text for kind, text in reasons.items() if isinstance(root_cause(error), kind)), first_line(error)[:200])
-    raise UserError(
-        f"--{flag} {name}: cannot be loaded ({reason}); fetch it with download_models.py, or try --demo"
-    ) from error
+    raise UserError(f"--{flag} {name}: cannot be loaded ({reason}); use download_models.py, or try --demo") from error
 
 
 def root_cause(e: BaseException) -> BaseException:
@@ -70,10 +70,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
 
 
-def ready(pipe: StableDiffusionXLPipeline, s, device: torch.device) -> StableDiffusionXLPipeline:
-    """The pipeline on the device, after a look at whether its parts fit each other; s: the settings that named them.
+def ready(pipe: StableDiffusionXLPipeline, s, device: torch.device, less: str = "--dtype fp16") -> StableDiffusionXLPipeline:
+    """The pipeline on the device, after a look at whether its parts fit each other.
 
-    Raises UserError for parts of different families, a model that does not predict the noise, or too little memory.
+    s: the settings that named them. less: a flag that takes less memory. Raises UserError for parts of different families, a
+    model that does not predict the noise, or too little memory.
     """
     if pipe.scheduler.config.prediction_type != "epsilon":
         raise UserError(f"--base-model {s.base_model}: predicts {pipe.scheduler.config.prediction_type}, not the noise")
@@ -86,13 +87,12 @@ def ready(pipe: StableDiffusionXLPipeline, s, device: torch.device) -> StableDif
             f"--dpo-unet {name}: made for text embeddings of {pipe.unet.config.cross_attention_dim} numbers, "
             f"but --base-model {s.base_model} gives {wanted}; take both from the same model family"
         )
+    # What an earlier pipeline left: one that was compiled is in a circle with what was compiled.
+    clear_device_cache(garbage_collection=True)
     try:
         pipe.to(device)
     except torch.OutOfMemoryError as e:
-        raise UserError(
-            f"--device {device}: its free memory does not hold the models; free some, or take fewer bits (sampling: "
-            "--dtype fp16, training: --lora-rank 64)"
-        ) from e
+        raise UserError(f"--device {device}: its free memory does not hold the models; free some, or use {less}") from e
     if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -117,7 +117,7 @@ def merge_lora(pipe: StableDiffusionXLPipeline, name: str) -> None:
 def load_config(cls, flag: str, name: str, base_model: str, subfolder: str) -> dict:
     """The configuration of one model, from the base model where name is empty; UserError if it is of another class."""
     flag, name = (flag, name) if name else ("base-model", base_model)
-    config = load_part(cls.load_config, flag, name, subfolder, torch.float32)
+    config = load_part(cls, flag, name, subfolder)
     if config.get("_class_name") != cls.__name__:
         raise UserError(f"--{flag} {name}: holds {config.get('_class_name')}, not the {cls.__name__} that is needed here")
     return config
@@ -125,7 +125,7 @@ def load_config(cls, flag: str, name: str, base_model: str, subfolder: str) -> d
 
 def image_size(s) -> tuple[int, int]:
     """Height and width in pixels, from the models' configurations alone; UserError unless both fit the VAE's factor."""
-    load_part(StableDiffusionXLPipeline.load_config, "base-model", s.base_model, "", torch.float32)
+    load_part(StableDiffusionXLPipeline, "base-model", s.base_model, "")
     vae = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")
     unet = load_config(UNet2DConditionModel, "dpo-unet", s.dpo_unet, s.base_model, "unet")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -139,13 +139,13 @@ def image_size(s) -> tuple[int, int]:
     return height, width
 
 
-def image_settings(s, dtype_name: str, base_unet: bool = False) -> dict:
+def image_settings(s, dtype_name: str) -> dict:
     """The settings that images of a run have in common, as they stand in their records; sizes in pixels."""
     height, width = image_size(s)
-    unet = {"dpo_unet": "", "dpo_lora": ""} if base_unet else {"dpo_unet": s.dpo_unet, "dpo_lora": s.dpo_lora}
     common = {"guidance_scale": s.guidance_scale, "negative_prompt": "", "timestep_spacing": s.timestep_spacing}
     common |= {"base_model": s.base_model, "vae": s.vae, "height": height, "width": width, "dtype": dtype_name}
-    return common | unet | {"weights": fingerprint(s.base_model, *unet.values(), s.vae)}
+    weights = fingerprint(s.base_model, s.dpo_unet, s.dpo_lora, s.vae)
+    return common | {"dpo_unet": s.dpo_unet, "dpo_lora": s.dpo_lora, "weights": weights}
 
 
 def warn_of_long_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str]) -> None:
@@ -163,12 +163,9 @@ def warn_of_long_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str]) ->
 class Text(NamedTuple):
     """What SDXL's UNet is told of N rows of prompts and sizes."""
 
-    prompt_embeds: torch.Tensor
-    """(N, 77, D)"""
-    pooled_embeds: torch.Tensor
-    """(N, P)"""
-    time_ids: torch.Tensor
-    """(N, 6): SDXL's size conditioning, in pixels"""
+    prompt_embeds: torch.Tensor  # (N, 77, D)
+    pooled_embeds: torch.Tensor  # (N, P)
+    time_ids: torch.Tensor  # (N, 6): SDXL's size conditioning, in pixels
 
     def last(self, n: int) -> dict:
         """The UNet's arguments for the last n rows."""
@@ -184,11 +181,9 @@ def encode(pipe: StableDiffusionXLPipeline, batch, guided: bool, negative_prompt
     """
     unique = list(dict.fromkeys(batch.prompts))
     rows = [unique.index(p) for p in batch.prompts]
+    negative = [negative_prompt] * len(unique) if negative_prompt else None
     text, no_text, pooled, no_pooled = pipe.encode_prompt(
-        unique,
-        device=pipe.unet.device,
-        do_classifier_free_guidance=guided,
-        negative_prompt=[negative_prompt] * len(unique) if negative_prompt else None,
+        unique, device=pipe.unet.device, do_classifier_free_guidance=guided, negative_prompt=negative
     )
     text, pooled = text[rows], pooled[rows]
     if guided:

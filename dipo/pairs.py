@@ -36,9 +36,7 @@ def open_dataset(name: str) -> datasets.IterableDataset:
     except UserError:
         raise
     except Exception as e:
-        raise UserError(
-            f"--dataset {name}: cannot be loaded ({first_line(e)[:200]}); give parquet files, or try --demo"
-        ) from e
+        raise UserError(f"--dataset {name}: cannot be loaded ({first_line(e)[:200]}); use parquet files or --demo") from e
     if missing := [c for c in COLUMNS if c not in columns]:
         raise UserError(f"--dataset {name}: lacks the column {missing[0]}; its columns are {', '.join(columns)}")
     rows = rows.select_columns(list(COLUMNS))

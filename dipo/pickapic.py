@@ -2,12 +2,10 @@
 
 import contextlib
 import functools
-import io
 import json
 import re
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from dipo.checksums import DownloadError, File, damage, sha256
@@ -17,19 +15,6 @@ from dipo.hub import RepositoryError, Source, explain, repo_info
 PAIRS_PER_FILE = 500
 # 322 GB of training rows (the data set's card) over about 0.96 million of them.
 BYTES_PER_PAIR = 340_000
-
-
-def is_usable(row: dict) -> bool:
-    """Whether a row of Pick-a-Pic has a winner and two pictures that can be read, as train_dipo.py needs."""
-    if row["label_0"] not in (0, 1):
-        return False
-    try:
-        for column in ("jpg_0", "jpg_1"):
-            with Image.open(io.BytesIO(row[column])) as image:
-                image.load()
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
-        return False
-    return True
 
 
 def read_state(folder: Path) -> dict:
@@ -48,13 +33,15 @@ def pairs_in(state: dict) -> int:
 
 
 def read_pairs(rows, position: dict | None, wanted: int, bar: tqdm):
-    """The next wanted usable rows of a stream behind a position, in lists of PAIRS_PER_FILE, each with the position behind
-    it; fewer where the stream ends."""
+    """The next wanted rows of a stream behind a position that train_dipo.py can use, in lists of PAIRS_PER_FILE, each with
+    the position behind it; fewer where the stream ends."""
+    from dipo.pairs import read_pair
+
     if position:
         rows.load_state_dict(position)
     pairs, left_out = [], 0
     for row in rows:
-        if not is_usable(row):
+        if row["label_0"] not in (0, 1) or read_pair(row, 8) is None:
             left_out += 1
             bar.set_postfix_str(f"{left_out} left out", refresh=False)
             continue
@@ -92,9 +79,7 @@ def save_pairs(source: Source, folder: Path, wanted: int, revision: str) -> dict
         if revision or not state["commit"]:
             commit = repo_info(source, revision or source.revision).sha
             if state["commit"] not in (None, commit):
-                raise RepositoryError(
-                    f"{folder}: holds pairs of commit {state['commit']}; delete it, or leave --revision out"
-                )
+                raise RepositoryError(f"{folder}: holds pairs of commit {state['commit']}; delete it, or omit --revision")
             state["commit"] = commit
         stream_into(folder, state, source, wanted)
     except DownloadError:

@@ -83,24 +83,21 @@ def plot_metrics(out: Path) -> None:
 def save_result(s, out: Path, unet: UNet2DConditionModel, weights: dict, summary: dict) -> None:
     """unet/ or pytorch_lora_weights.safetensors in save_dtype, settings.yaml and the model card, each whole or not there.
     weights: the trained UNet's state dict. summary: what the run came to, for settings and card."""
+    weights = get_peft_model_state_dict(unet, state_dict=weights) if s.lora_rank else weights
+    weights = {k: v.to(DTYPES[s.save_dtype]) for k, v in weights.items()}
     if s.lora_rank:
-        save_lora(out, get_peft_model_state_dict(unet, state_dict=weights), DTYPES[s.save_dtype])
+        layers = convert_state_dict_to_diffusers(weights)
+        with written_whole(out / "pytorch_lora_weights.safetensors") as part:
+            StableDiffusionXLPipeline.save_lora_weights(out, unet_lora_layers=layers, weight_name=part.name)
     else:
         with torch.device("meta"):
             result = UNet2DConditionModel.from_config(unet.config)
-        result.load_state_dict({k: v.to(DTYPES[s.save_dtype]) for k, v in weights.items()}, assign=True)
+        result.load_state_dict(weights, assign=True)
         with written_whole(out / "unet") as part:
             shutil.rmtree(part, ignore_errors=True)
             result.save_pretrained(part)
     write_text(out / "settings.yaml", yaml.safe_dump(asdict(s) | summary, sort_keys=False))
     write_text(out / "README.md", model_card(s, summary))
-
-
-def save_lora(out: Path, weights: dict, dtype: torch.dtype) -> None:
-    layers = convert_state_dict_to_diffusers({k: v.to(dtype) for k, v in weights.items()})
-    name = "pytorch_lora_weights.safetensors"
-    with written_whole(out / name) as part:
-        StableDiffusionXLPipeline.save_lora_weights(part.parent, unet_lora_layers=layers, weight_name=part.name)
 
 
 def model_card(s, summary: dict) -> str:

@@ -30,19 +30,18 @@ class Scores:
     """
 
     def __init__(self, folder: Path, judges: list[Judge], dtype_name: str):
-        self.folder, self.judges, self.dtype, self.loaded = folder, judges, DTYPES[dtype_name], False
+        self.folder, self.judges, self.dtype = folder, judges, DTYPES[dtype_name]
         self.names = [j.name for j in judges]
         by = {j.name: j.source for j in judges}
         by |= {"weights": fingerprint(*(w for j in judges for w in j.weights)), "dtype": dtype_name}
-        self.by = json.dumps(by)
+        self.judged_by = json.dumps(by)
         self.columns = ["file", "variant", "prompt", "category", "seed", "image", *self.names, "scored_by"]
 
     def load_judges(self) -> list[Judge]:
         """The judges, their weights read, to the CPU for the time being."""
-        if not self.loaded:
-            for judge in self.judges:
+        for judge in self.judges:
+            if judge.model is None:
                 judge.load(self.dtype)
-            self.loaded = True
         return self.judges
 
     def table(self) -> pd.DataFrame:
@@ -52,14 +51,14 @@ class Scores:
         except (OSError, ValueError):
             table = pd.DataFrame()
         table = table.reindex(columns=[*table.columns, *(c for c in self.columns if c not in table)], fill_value="")
-        for name in {"pickscore", "hpsv2", "clipscore"} & set(table.columns):
+        for name in self.names:
             table[name] = pd.to_numeric(table[name], errors="coerce")
         return table.drop_duplicates("file", keep="last")
 
     def read(self, records: dict[str, dict]) -> pd.DataFrame:
         """The rows, in the records' order, that are whole and still true: of these very images, scored by these judges."""
         table = self.table().set_index("file", drop=False)
-        good = table[table[self.names].notna().all(axis=1) & (table["scored_by"] == self.by)]
+        good = table[table[self.names].notna().all(axis=1) & (table["scored_by"] == self.judged_by)]
         files = [f for f, r in records.items() if f in good.index and good.at[f, "image"] == image_id(r)]
         return good.loc[files, self.columns].reset_index(drop=True).astype({"seed": int})
 
@@ -105,4 +104,4 @@ class Scores:
             "image": [image_id(r) for r in records],
         }
         rows |= {judge.name: judge(images, prompts).tolist() for judge in self.judges}
-        return pd.DataFrame(rows | {"scored_by": self.by})
+        return pd.DataFrame(rows | {"scored_by": self.judged_by})

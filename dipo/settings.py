@@ -24,7 +24,38 @@ DEMO_PATHS = {
 
 
 @dataclass(kw_only=True)
-class Sampling:
+class ModelPaths:
+    """Where models and data are: a script's own Settings says it. They come first in --help."""
+
+    base_model: str
+    """SDXL pipeline: a folder or a hub name"""
+    dpo_unet: str
+    """DPO-trained UNet: a folder or a hub name, with or without a subfolder unet; empty: the base model's own"""
+    dpo_lora: str
+    """DPO-trained LoRA instead: a folder, a .safetensors file or a hub name; on the base model's own UNet unless dpo_unet
+    is given too"""
+    vae: str
+    """VAE that stays finite in fp16: a folder or a hub name; empty: the base model's own"""
+    parti: str
+    """data set behind --prompts parti: a folder or a hub name"""
+    pickapic: str
+    """data set behind --prompts pickapic: a folder or a hub name"""
+
+
+@dataclass(kw_only=True)
+class JudgePaths(ModelPaths):
+    """The same for the judges."""
+
+    pickscore: str
+    """PickScore's CLIP model: a folder or a hub name"""
+    pickscore_processor: str
+    """its processor: a folder or a hub name"""
+    hpsv2: str
+    """HPSv2's checkpoint: a .pt file, a folder or a hub name that holds it"""
+
+
+@dataclass(kw_only=True)
+class SamplingSettings(ModelPaths):
     """What every script that samples can be told."""
 
     demo: bool = False
@@ -65,8 +96,8 @@ class Sampling:
 
 
 @dataclass(kw_only=True)
-class Judging:
-    """What a script that scores can be told besides."""
+class StudySettings(SamplingSettings, JudgePaths):
+    """What a study can be told besides."""
 
     score_only: bool = False
     """sample nothing: score the images that are there and make the tables of them"""
@@ -78,48 +109,6 @@ class Judging:
     """which of HPSv2's checkpoints"""
     scoring_batch_size: int = 16
     """images scored together"""
-
-
-@dataclass(kw_only=True)
-class ModelPaths:
-    """Where models and data are: a script's own Settings says it."""
-
-    base_model: str
-    """SDXL pipeline: a folder or a hub name"""
-    dpo_unet: str
-    """DPO-trained UNet: a folder or a hub name, with or without a subfolder unet; empty: the base model's own"""
-    dpo_lora: str
-    """DPO-trained LoRA instead: a folder, a .safetensors file or a hub name; on the base model's own UNet unless dpo_unet
-    is given too"""
-    vae: str
-    """VAE that stays finite in fp16: a folder or a hub name; empty: the base model's own"""
-    parti: str
-    """data set behind --prompts parti: a folder or a hub name"""
-    pickapic: str
-    """data set behind --prompts pickapic: a folder or a hub name"""
-
-
-@dataclass(kw_only=True)
-class JudgePaths:
-    """The same for the judges."""
-
-    pickscore: str
-    """PickScore's CLIP model: a folder or a hub name"""
-    pickscore_processor: str
-    """its processor: a folder or a hub name"""
-    hpsv2: str
-    """HPSv2's checkpoint: a .pt file, a folder or a hub name that holds it"""
-
-
-# A dataclass takes the fields of its last base first: paths come first in --help.
-@dataclass(kw_only=True)
-class SamplingSettings(Sampling, ModelPaths):
-    pass
-
-
-@dataclass(kw_only=True)
-class StudySettings(Judging, Sampling, JudgePaths, ModelPaths):
-    pass
 
 
 def completed(s, demo: dict):
@@ -136,11 +125,11 @@ def completed(s, demo: dict):
     return replace(s, **{k: v for k, v in small.items() if getattr(s, k) == default[k]})
 
 
-def check_sampling(s: Sampling) -> None:
+def check_sampling(s: SamplingSettings) -> None:
     """Raise UserError for every value that can be judged without loading a model."""
     if not math.isfinite(s.guidance_scale):
         raise UserError(f"--guidance-scale {s.guidance_scale}: use a finite number, SDXL's usual range is 5 to 8")
-    check_at_least(s, limit=1, images_per_prompt=1, batch_size=1)
+    check_at_least(s, limit=1, images_per_prompt=1, batch_size=1, grid_prompts=1, scoring_batch_size=1)
     if not s.output_dir.strip():
         raise UserError("--output-dir is empty: give a folder")
     if not 0 <= s.seed < 2**62:
@@ -155,32 +144,22 @@ def check_sampling(s: Sampling) -> None:
         check_model_path("dpo-lora", s.dpo_lora, "pytorch_lora_weights.safetensors")
 
 
-def check_study(s: StudySettings) -> None:
-    """The same for a study."""
-    check_at_least(s, grid_prompts=1, scoring_batch_size=1)
-    check_sampling(s)
-
-
 def check_at_least(s, **least: int) -> None:
-    """Raise UserError for a whole number below the least that makes sense; None is no number."""
+    """Raise UserError for a whole number below the least that makes sense, if there is such a setting."""
     for name, lowest in least.items():
-        value = getattr(s, name)
+        value = getattr(s, name, None)
         if value is not None and value < lowest:
             raise UserError(f"--{name.replace('_', '-')} {value}: use {lowest} or more")
 
 
 def check_steps(flag: str, *steps: int) -> None:
     if not steps or len(set(steps)) < len(steps) or not all(1 <= n <= 1000 for n in steps):
-        raise UserError(
-            f"--{flag} {' '.join(map(str, steps))}: use 1 to 1000, as SDXL was trained on 1000, and no number twice"
-        )
+        raise UserError(f"--{flag} {' '.join(map(str, steps))}: use 1 to 1000, SDXL's own number, and none twice")
 
 
 def check_etas(flag: str, *etas: float) -> None:
     if not etas or len({f"{eta:g}" for eta in etas}) < len(etas) or not all(0 <= eta <= 1 for eta in etas):
-        raise UserError(
-            f"--{flag} {' '.join(map(str, etas))}: use 0 (DDIM, deterministic) to 1 (as random as DDPM), and none twice"
-        )
+        raise UserError(f"--{flag} {' '.join(map(str, etas))}: use 0 (DDIM) to 1 (as random as DDPM), and none twice")
 
 
 def check_model_path(flag: str, name: str, index_file: str) -> None:
@@ -191,6 +170,4 @@ def check_model_path(flag: str, name: str, index_file: str) -> None:
         if not any((path / sub / index_file).exists() for sub in ("", "unet", "vae")):
             raise UserError(f"--{flag} {name}: no {index_file} in it, so this is not a model folder of diffusers")
     elif (name or flag == "base-model") and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise UserError(
-            f"--{flag} {name!r}: no such folder; give a folder, fetch the models with download_models.py, or try --demo"
-        )
+        raise UserError(f"--{flag} {name!r}: no such folder; give a folder, run download_models.py, or try --demo")

@@ -12,7 +12,7 @@ def mean_interval(values) -> tuple[float, float, float]:
     all values are equal or n is 1."""
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2 or np.ptp(x) == 0:
-        return (x.mean(),) * 3
+        return (float(x.mean()),) * 3
     options = {"method": "percentile", "rng": np.random.default_rng(0), "batch": max(1, 10**7 // len(x))}
     low, high = scipy.stats.bootstrap((x,), np.mean, **options).confidence_interval
     return float(x.mean()), float(low), float(high)
@@ -58,8 +58,8 @@ def win_rate(a, b) -> dict[str, float]:
         return result | dict.fromkeys(("win_rate", "loss_rate", "low", "high", "loss_low", "loss_high", "p"), math.nan)
     won, lost = (scipy.stats.binomtest(k, n).proportion_ci(method="wilson") for k in (wins, losses))
     p = scipy.stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-    result |= {"win_rate": wins / n, "loss_rate": losses / n, "low": won.low, "high": won.high}
-    return result | {"loss_low": lost.low, "loss_high": lost.high, "p": float(p)}
+    result |= {"win_rate": wins / n, "loss_rate": losses / n, "low": float(won.low), "high": float(won.high)}
+    return result | {"loss_low": float(lost.low), "loss_high": float(lost.high), "p": float(p)}
 
 
 def wins(images: pd.DataFrame, a: str, b: str, name: str) -> dict[str, float]:

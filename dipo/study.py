@@ -1,6 +1,7 @@
 """What a study wants, what of it is finished, and what its rows have in common."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,36 +10,31 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import StableDiffusionXLPipeline
 from tqdm import tqdm
 
-from dipo.batches import Batches
+from dipo.batches import Batches, RunBatch
 from dipo.cli import UserError
 from dipo.devices import DTYPES, claimed, dtype_for, start
-from dipo.files import finished_images, writable_folder
+from dipo.files import fingerprint, finished_images, writable_folder
 from dipo.grids import remove_grids, save_grids
 from dipo.judges import Judge
 from dipo.models import image_settings, quiet_libraries, warn_of_long_prompts
 from dipo.prompts import by_category, read_prompts
 from dipo.scores import Scores
 from dipo.settings import StudySettings
+from dipo.timesteps import ddim_timesteps
 
 
 @dataclass(frozen=True)
 class Row:
     """One side of a comparison: a UNet under a sampler."""
 
-    variant: str
-    """its folder"""
-    label: str
-    """what tables and pictures call it"""
+    variant: str  # its folder
+    label: str  # what tables and pictures call it
     steps: int
     eta: float = 0.0
-    sampler: str = "DDIM"
-    """what its images say they were made with"""
-    scheduler: type | None = None
-    """a class of diffusers; None: DDIM by the script's own loop"""
-    base_unet: bool = False
-    """the base model's own UNet instead of the tuned one"""
-    group: str = ""
-    """what it is drawn with in plots"""
+    sampler: str = "DDIM"  # what its images say they were made with
+    scheduler: type | None = None  # a class of diffusers; None: DDIM by the script's own loop
+    base_unet: bool = False  # the base model's own UNet instead of the tuned one
+    group: str = ""  # what it is drawn with in plots
 
 
 @contextlib.contextmanager
@@ -47,7 +43,8 @@ def open_study(s: StudySettings, rows: list[Row], judges: list[Judge]):
     study = Study(s, rows, judges)
     with claimed(study.folder, study.state):
         study.look()
-        ahead, shown = study.steps_ahead(), study.state.is_local_main_process
+        ahead = sum(row.steps * len(study.share(row)) for row in rows)
+        shown = study.state.is_local_main_process
         with tqdm(total=ahead, unit="step", unit_scale=True, disable=not (ahead and shown)) as study.bar:
             yield study
     study.state.destroy_process_group()
@@ -62,7 +59,7 @@ class Study:
         self.prompts = by_category(read_prompts(s.prompts, s.parti, s.pickapic), s.categories, s.limit, s.prompts)
         self.state, self.device = start(s.device)
         dtype_name = dtype_for(s.dtype, self.device)
-        self.dtype, self.main = DTYPES[dtype_name], self.state.is_main_process
+        self.dtype, self.is_main = DTYPES[dtype_name], self.state.is_main_process
         self.folder = writable_folder(s.output_dir)
         quiet_libraries()
         self.wanted = self.wanted_images(dtype_name)
@@ -70,16 +67,17 @@ class Study:
 
     def wanted_images(self, dtype_name: str) -> dict[str, dict]:
         """The settings of every image by its file in the folder."""
-        s, wanted = self.s, {}
+        s, wanted, prompts = self.s, {}, self.prompts.to_dict("records")
+        common = image_settings(s, dtype_name)
+        if s.score_only:
+            # Images may have been made on another machine than the one that scores them.
+            del common["dtype"]
+        base = {"dpo_unet": "", "dpo_lora": "", "weights": fingerprint(s.base_model, s.vae)}
         for row in self.rows:
-            common = image_settings(s, dtype_name, row.base_unet)
-            if s.score_only:
-                # Images may have been made on another machine than the one that scores them.
-                del common["dtype"]
-            common |= {"num_inference_steps": row.steps, "eta": row.eta, "sampler": row.sampler}
-            for i in range(len(self.prompts) * s.images_per_prompt):
-                image = self.prompts.iloc[i // s.images_per_prompt].to_dict() | {"seed": s.seed + i}
-                wanted[f"{row.variant}/{i:05d}.png"] = image | common
+            settings = common | {"num_inference_steps": row.steps, "eta": row.eta, "sampler": row.sampler}
+            settings |= base if row.base_unet else {}
+            for i in range(len(prompts) * s.images_per_prompt):
+                wanted[f"{row.variant}/{i:05d}.png"] = prompts[i // s.images_per_prompt] | {"seed": s.seed + i} | settings
         return wanted
 
     def look(self) -> None:
@@ -88,7 +86,7 @@ class Study:
         self.missing = {} if self.s.score_only else {f: r for f, r in self.wanted.items() if f not in done}
         # Every process has to have looked before the first one writes.
         self.state.wait_for_everyone()
-        if self.main:
+        if self.is_main:
             self.clean_up()
             none = ", none are made" if self.s.score_only else ""
             print(f"{len(done)} of {len(self.wanted)} images are in {self.folder}{none}")
@@ -112,10 +110,6 @@ class Study:
                 path.unlink()
         remove_grids(self.folder)
 
-    def steps_ahead(self) -> int:
-        """Steps of images that this process has to take."""
-        return sum(row.steps * len(self.share(row)) for row in self.rows)
-
     def share(self, row: Row) -> dict[Path, dict]:
         """This process's part of a row's missing images."""
         files = [f for f in self.missing if f.startswith(f"{row.variant}/")]
@@ -126,21 +120,27 @@ class Study:
         """The rows, of the tuned or of the base UNet, of which this process has images to make."""
         return [row for row in self.rows if row.base_unet == base_unet and self.share(row)]
 
-    def batches(self, pipe: StableDiffusionXLPipeline, row: Row, tau: list[int]) -> Batches:
-        """A row's missing images, batch by batch, after a warm-up that is not timed."""
-        self.bar.set_description(row.label)
-        return Batches(pipe, self.share(row), tau, self.s.batch_size, self.bar, self.s.compile)
-
-    def warn_of_long_prompts(self, pipe: StableDiffusionXLPipeline) -> None:
-        if self.main:
+    def batches(self, pipe: StableDiffusionXLPipeline, base_unet: bool = False) -> Iterator[tuple[Row, RunBatch]]:
+        """The missing images of one UNet's rows, row by row and batch by batch, after warm-ups that are not timed."""
+        if self.is_main:
             warn_of_long_prompts(pipe, list(self.prompts["prompt"]))
+        trained, size, warm = pipe.scheduler.config, self.s.batch_size, {}
+        for row in self.unfinished(base_unet):
+            self.bar.set_description(row.label)
+            spacing = (self.s.timestep_spacing, trained.num_train_timesteps, trained.steps_offset)
+            tau, known = ddim_timesteps(row.steps, *spacing), warm.setdefault(row.sampler, set())
+            run = Batches(pipe, self.share(row), tau, size, self.bar, self.s.compile, warm=known)
+            for batch in run:
+                yield row, batch
+            # What did not fit once is not tried again.
+            size = run.size
 
-    def results(self) -> tuple[list[Row], pd.DataFrame]:
+    def results(self, *needed: Row) -> tuple[list[Row], pd.DataFrame]:
         """Score what lacks a score; the rows that have images, and those images that each of these rows has, so that
         unfinished studies are compared in pairs too.
 
         The images come with all that their records hold, and the columns variant, name (of the file), path, and a score for
-        each judge. Raises UserError where there is none.
+        each judge. Raises UserError where there is none, or none of a row that is needed.
         """
         self.bar.close()
         clear_device_cache(garbage_collection=True)
@@ -153,26 +153,23 @@ class Study:
         images[["variant", "name"]] = images["file"].str.split("/", expand=True)
         images = images.merge(scores[["file", *self.scores.names]], on="file")
         there = [row for row in self.rows if row.variant in set(images["variant"])]
+        if missing := [row.variant for row in needed if row not in there]:
+            raise UserError(f"--score-only: no images in {self.folder / missing[0]}, which the tables need; make them first")
         images = images[images.groupby("name")["variant"].transform("nunique") == len(there)]
-        if len(made) < len(self.wanted) and self.main:
+        if len(made) < len(self.wanted) and self.is_main:
             n, labels = images["name"].nunique(), "; ".join(row.label for row in there)
             print(f"the tables are of the {n} images that each of these has: {labels}")
         if images.empty:
             raise UserError("--score-only: no image is there on every side yet; run it without --score-only")
         return there, images
 
-    def need(self, there: list[Row], *rows: Row) -> None:
-        """UserError for a row that the tables need and that has no images."""
-        if missing := [row for row in rows if row not in there]:
-            raise UserError(
-                f"--score-only: no images in {self.folder / missing[0].variant}, which the tables need; make them first"
-            )
-
     def grid(self, stem: str, rows: list[Row], images: pd.DataFrame, title: str = "") -> list[Path]:
         """Grid pages of the first --grid-prompts prompts, the first image of each, in these rows. Returns their paths."""
         s = self.s
         first = images[images["name"].map(lambda name: int(Path(name).stem) % s.images_per_prompt == 0)]
         paths = first.pivot(index="name", columns="variant", values="path")[: s.grid_prompts]
+        if paths.empty:
+            return []
         captions = first.drop_duplicates("name").set_index("name").loc[paths.index, "prompt"]
         model = "demo model (not SDXL)" if s.demo else s.dpo_lora or s.dpo_unet or s.base_model
         title += f"{model}, guidance {s.guidance_scale:g}, seeds from {s.seed}, same prompt and initial noise in each column"

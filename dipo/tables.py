@@ -32,7 +32,7 @@ def print_table(title: str, table: pd.DataFrame, columns: dict) -> None:
         name, kind, *ends = column
         numbers = [table[c] for c in (name, *(ends or (f"{name}_low", f"{name}_high"))) if c in table]
         kinds = [kind] * len(table) if isinstance(kind, str) else kind
-        shown[header] = [text(value, kind, *ends) for kind, value, *ends in zip(kinds, *numbers, strict=True)]
+        shown[header] = [text(value, one, *ends) for one, value, *ends in zip(kinds, *numbers, strict=True)]
     shown = shown.fillna("")
     shown = shown.loc[:, (shown != "").any()]
     print(f"\n{title}\n\n{shown.to_markdown(index=False, disable_numparse=True)}")

@@ -221,7 +221,7 @@ def check_skipped(in_a_row: int, checkpoints) -> None:
         )
 
 
-def drift(step: int, mse: float, reference_mse: float, max_ratio: float) -> UserError | None:
+def drift_error(step: int, mse: float, reference_mse: float, max_ratio: float) -> UserError | None:
     """What to raise where the model's noise error is more than max_ratio times the reference's."""
     if mse > max_ratio * reference_mse:
         return UserError(

@@ -303,7 +303,7 @@ def test_kill_9(moment, job, undisturbed, tmp_path):
 
 
 TRAINING_KILLS = {
-    "a step": (("kill_in_call", "prepare_batch", 8), [2], 3),
+    "a step": (("kill_in_call", "training.prepare_batch", 8), [2], 3),
     "a checkpoint": (("kill_in_checkpoint", 2), [2], 4),
     "a checkpoint's name": (("kill_before_rename", "*/checkpoints/step-*[0-9]", 2), [2], 4),
     "metrics.csv": (("kill_before_rename", "*/metrics.csv", 4), [2], 3),

@@ -9,7 +9,9 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 
+import hasty_sample
 from dipo.files import fingerprint, read_record
+from dipo.models import image_settings
 from dipo.scores import Scores
 from dipo.settings import DEMO_PATHS
 
@@ -82,3 +84,13 @@ def test_fingerprints_are_those_of_before(tmp_path):
     assert made == "49a7ab684e44"
     (tmp_path / "m/sub/b.bin").write_bytes(b"Weights")
     assert fingerprint(str(tmp_path / "m"), "", "owner/name", str(tmp_path / "one.pt")) != made
+
+
+def test_a_lora_and_a_vae_count_in_the_order_of_before():
+    """hasty_sample.py and the studies have always hashed them in orders of their own."""
+    names = {"base_model": DEMO_PATHS["base_model"], "dpo_unet": DEMO_PATHS["dpo_unet"]}
+    names |= {"vae": "assets/demo/sdxl/vae", "dpo_lora": "tests/legacy/train/checkpoints/step-0000002/lora.safetensors"}
+    base, unet, vae, lora = names.values()
+    wanted, _ = hasty_sample.wanted_images(hasty_sample.Settings(**names), ["a"], "fp32")
+    assert wanted["00000.png"]["weights"] == fingerprint(base, unet, vae, lora) != fingerprint(base, unet, lora, vae)
+    assert image_settings(hasty_sample.Settings(**names), "fp32")["weights"] == fingerprint(base, unet, lora, vae)

@@ -481,7 +481,7 @@ def test_a_missing_judge_costs_no_images(copy, run, script):
         (
             "compare_quality",
             ("--baseline-steps", 500, 500),
-            "--baseline-steps 500 500: use 1 to 1000, as SDXL was trained on 1000, and no number twice",
+            "--baseline-steps 500 500: use 1 to 1000, SDXL's own number, and none twice",
         ),
         ("compare_quality", ("--samplers", "ddpm"), "dpmsolver++"),
         ("compare_quality", ("--sampler-steps", 1001), "--sampler-steps 1001: use 1 to 1000"),
@@ -495,7 +495,7 @@ def test_a_missing_judge_costs_no_images(copy, run, script):
         (
             "Ablation_experiment",
             ("--etas", 0, 2),
-            "--etas 0.0 2.0: use 0 (DDIM, deterministic) to 1 (as random as DDPM), and none twice",
+            "--etas 0.0 2.0: use 0 (DDIM) to 1 (as random as DDPM), and none twice",
         ),
         ("Ablation_experiment", ("--etas", 0.3, 0.30000000000000004), "and none twice"),
         ("Ablation_experiment", ("--num-inference-steps", 0), "--num-inference-steps 0: use 1 to 1000"),
