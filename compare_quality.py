@@ -61,7 +61,7 @@ class Settings(StudySettings):
     pickapic: str = "yuvalkirstain/pickapic_v2"
     prompts: str = "assets/prompts"
     output_dir: str = "generated_images/compare_quality"
-    folders: tuple[str, ...] = ()
+    folders: tuple[str, ...] | None = None
     """instead of the study, score these folders of finished images (hasty_sample.py's)"""
 
     steps: tuple[int, ...] = (20, 30, 50, 100)
@@ -280,6 +280,8 @@ def score_folders(s: Settings, judges: list[Judge]) -> None:
     """Score folders of finished images and print their means, and win rates of the first one over the others."""
     state, device = start(s.device)
     quiet_libraries()
+    if not s.folders:
+        raise cli.UserError("--folders: name the folders to score")
     found, tables = {}, {}
     for folder in s.folders:
         path = find_path(folder)
@@ -328,7 +330,7 @@ def main(s: Settings) -> None:
     check_settings(s)
     judges = [PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version)]
     judges += [CLIPScore(s.clip)] if s.clip else []
-    if s.folders:
+    if s.folders is not None:
         return score_folders(s, judges)
     rows = study_rows(s)
     baseline = next(r for r in rows if r.group == "Diffusion-DPO")

@@ -330,10 +330,9 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                 checkpoints.add_metrics(out / "metrics.csv", {"step": step} | row)
             bar.update(size)
             bar.set_postfix_str(f"step {step}, loss {loss:.4f}, accuracy {accuracy:.2f}, mse {m:.4f}, reference's {r:.4f}")
-            if skipped:
-                so_far = progress["skipped"]
-                accelerator.print(f"step {step}: loss or gradient is not finite; step skipped ({so_far} so far)")
-            elif before is not None and not deepspeed:  # which moves float32 copies
+            if skipped and accelerator.is_main_process:
+                tqdm.write(f"step {step}: loss or gradient is not finite; step skipped ({progress['skipped']} so far)")
+            if not skipped and before is not None and not deepspeed:  # which moves float32 copies
                 training.check_moved(before, parameters, lr, s.lora_rank > 0, accelerator)
                 before = None
             training.check_skipped(progress["skipped_in_row"], out / "checkpoints")

@@ -38,8 +38,9 @@ def parse(settings: type, description: str):
             return tyro.cli(settings, description=description)
     except SystemExit:
         if said.getvalue():
-            # Without the frame, bold type and the help that follows.
-            text = re.sub(r"\x1b\[[\d;]*m|\[/?bold\]|[\u2500-\u257f]", " ", said.getvalue())
+            # Without bold type, the frame with its heading, and the help that follows.
+            text = re.sub(r"\x1b\[[\d;]*m|\[/?bold\]", "", said.getvalue())
+            text = re.sub(r"\u256d.*\u256e|[\u2500-\u257f]|-{5,}", " ", text)
             print("error:", " ".join(text.split()).partition(" Argument helptext:")[0], file=sys.stderr)
         raise
 

@@ -68,6 +68,7 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
 
 
 def ready(pipe: StableDiffusionXLPipeline, s, device: torch.device, less: str = "--dtype fp16") -> StableDiffusionXLPipeline:

@@ -117,6 +117,6 @@ def model_card(s, summary: dict) -> str:
         f"---\n{data.to_yaml()}\n---\n\n# {kind} trained with Diffusion-DPO\n\n"
         f"Trained by train_dipo.py from {s.base_model} on {s.dataset}: {summary['steps']} steps of {s.effective_batch_size} "
         "pairs. Made to be sampled by DDIM in 20 to 50 steps:\n\n"
-        f"```bash\npython hasty_sample.py --base-model {s.base_model} {flag} {s.output_dir}\n```\n\n"
+        f'```bash\npython hasty_sample.py --base-model {s.base_model} --vae "{s.vae}" {flag} {s.output_dir}\n```\n\n'
         f"or with diffusers, `{use}` and a `DDIMScheduler`.\n\n| setting | value |\n|---|---|\n{rows}\n"
     )

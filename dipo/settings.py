@@ -32,8 +32,7 @@ class ModelPaths:
     dpo_unet: str
     """DPO-trained UNet: a folder or a hub name, with or without a subfolder unet; empty: the base model's own"""
     dpo_lora: str
-    """DPO-trained LoRA instead: a folder, a .safetensors file or a hub name; on the base model's own UNet unless dpo_unet
-    is given too"""
+    """DPO-trained LoRA instead, on the base model's own UNet unless --dpo-unet is given too: a folder, a file, a hub name"""
     vae: str
     """VAE that stays finite in fp16: a folder or a hub name; empty: the base model's own"""
     parti: str
@@ -61,8 +60,7 @@ class SamplingSettings(ModelPaths):
     demo: bool = False
     """use the small models, prompts and judges of assets/demo, and sizes for two CPU cores, where the default was left"""
     prompts: str
-    """a folder with a .txt for each category, a .txt, a .csv or .parquet with columns prompt and (if any) category, or
-    parti, pickapic (its test prompts) or hpdv2 (HPSv2's benchmark, its styles as categories)"""
+    """a folder with a .txt for each category, a .txt, a .csv or .parquet with a prompt column, parti, pickapic or hpdv2"""
     limit: int | None = None
     """use the first N prompts only; in a study of each category"""
     images_per_prompt: int = 1
@@ -153,13 +151,21 @@ def check_at_least(s, **least: int) -> None:
 
 
 def check_steps(flag: str, *steps: int) -> None:
-    if not steps or len(set(steps)) < len(steps) or not all(1 <= n <= 1000 for n in steps):
-        raise UserError(f"--{flag} {' '.join(map(str, steps))}: use 1 to 1000, SDXL's own number, and none twice")
+    if not all(1 <= n <= 1000 for n in steps):
+        raise UserError(f"--{flag} {' '.join(map(str, steps))}: use 1 to 1000, as SDXL was trained on 1000")
+    check_different(flag, *steps)
 
 
 def check_etas(flag: str, *etas: float) -> None:
-    if not etas or len({f"{eta:g}" for eta in etas}) < len(etas) or not all(0 <= eta <= 1 for eta in etas):
-        raise UserError(f"--{flag} {' '.join(map(str, etas))}: use 0 (DDIM) to 1 (as random as DDPM), and none twice")
+    if not all(0 <= eta <= 1 for eta in etas):
+        raise UserError(f"--{flag} {' '.join(map(str, etas))}: use 0 (DDIM, deterministic) to 1 (as random as DDPM)")
+    check_different(flag, *etas)
+
+
+def check_different(flag: str, *values: float) -> None:
+    """Raise UserError for no value, or for one that stands twice as far as folders' names show it."""
+    if not values or len({f"{x:g}" for x in values}) < len(values):
+        raise UserError(f"--{flag} {' '.join(map(str, values))}: give one or more, and none twice")
 
 
 def check_model_path(flag: str, name: str, index_file: str) -> None:

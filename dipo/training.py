@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from tqdm import tqdm
 
 from dipo.cli import UserError
 from dipo.devices import on_cpu
@@ -202,7 +203,8 @@ def check_moved(before, parameters, lr: float, lora: bool, accelerator: Accelera
     counts = [sum(int(((a != b) & mask).sum()) for a, b, mask in pairs), sum(int(mask.sum()) for *_, mask in pairs)]
     moved, total = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
     share = f"{100 * moved / total:.1f} % of {total} weights looked at"
-    accelerator.print(f"the first step, at learning rate {lr:.3g}, moved {share}")
+    if accelerator.is_main_process:
+        tqdm.write(f"the first step, at learning rate {lr:.3g}, moved {share}")
     if not moved:
         raise UserError(
             f"no weight moved in the first step: at learning rate {lr:.3g} steps are smaller than the spacing of float32 "

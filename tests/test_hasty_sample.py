@@ -355,7 +355,7 @@ def test_a_damaged_model_file_is_named(run):
 def test_as_a_process_bad_input_gives_no_traceback(tmp_path):
     done = start(*command("--demo", "--eta", "2"), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --eta 2.0: use 0 (DDIM) to 1 (as random as DDPM), and none twice\n"
+    assert done.stderr == "error: --eta 2.0: use 0 (DDIM, deterministic) to 1 (as random as DDPM)\n"
 
 
 def test_the_script_works_with_the_package_alone_and_away_from_its_repository(tmp_path):

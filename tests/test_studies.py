@@ -481,7 +481,7 @@ def test_a_missing_judge_costs_no_images(copy, run, script):
         (
             "compare_quality",
             ("--baseline-steps", 500, 500),
-            "--baseline-steps 500 500: use 1 to 1000, SDXL's own number, and none twice",
+            "--baseline-steps 500 500: give one or more, and none twice",
         ),
         ("compare_quality", ("--samplers", "ddpm"), "dpmsolver++"),
         ("compare_quality", ("--sampler-steps", 1001), "--sampler-steps 1001: use 1 to 1000"),
@@ -491,11 +491,12 @@ def test_a_missing_judge_costs_no_images(copy, run, script):
             "500 leading steps of dpmsolver++ would start at t = 501 from pure noise",
         ),
         ("compare_quality", ("--folders", "nothing"), "--folders nothing: no such folder"),
+        ("compare_quality", ("--folders",), "--folders: name the folders to score"),
         ("compare_quality", ("--score-only",), "no images of this study"),
         (
             "Ablation_experiment",
             ("--etas", 0, 2),
-            "--etas 0.0 2.0: use 0 (DDIM) to 1 (as random as DDPM), and none twice",
+            "--etas 0.0 2.0: use 0 (DDIM",
         ),
         ("Ablation_experiment", ("--etas", 0.3, 0.30000000000000004), "and none twice"),
         ("Ablation_experiment", ("--num-inference-steps", 0), "--num-inference-steps 0: use 1 to 1000"),

@@ -425,7 +425,7 @@ def test_a_run_leaves_all_its_results(train, tmp_path, tiny):
     settings = yaml.safe_load((folder / "settings.yaml").read_text())
     assert settings["beta_dpo"] == 5000 and settings["steps"] == 5 and settings["effective_learning_rate"] == 0.001
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\n") and "diffusion-dpo" in card and "--dpo-unet out" in card
+    assert card.startswith("---\n") and "diffusion-dpo" in card and '--vae "" --dpo-unet out' in card
     assert list((folder / "tensorboard").rglob("events*"))
     start = UNet2DConditionModel.from_pretrained(tiny / "unet").state_dict()
     assert not same(weights(folder), start)
