@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -380,7 +381,11 @@ def test_speed_ups_compare_like_with_like(copy, run):
     flags = [*flags[:-3], 2, *flags[-2:], "--batch-size", 3]
     flags[flags.index("--sampler-steps") + 1] = 4
     code, out, err = run("compare_quality", *flags)
-    assert code == 0 and "none: other batch or device" in out, err
+    assert code == 0, err
+    times = [line for line in out.partition("Time on")[2].partition("Wins over")[0].splitlines() if ", " in line]
+    shown = {line.split("|")[1].strip(): bool(re.search(r"\d\.\d\dx", line)) for line in times if line.startswith("|")}
+    rows = dict.fromkeys(("DIPO, 3 steps", "Diffusion-DPO, 4 steps", "Diffusion-DPO, 6 steps", "Euler, 4 steps"), True)
+    assert {name: shown[name] for name in rows} == rows | {"Euler, 4 steps": False}
     table = pd.read_csv(folder / "table1.csv").set_index("variant")
     assert table["batch_size"].to_dict() == {"dipo-3": 6, "diffusion-dpo-4": 6, "diffusion-dpo-6": 6, "euler-4": 3}
     assert np.isnan(table.at["euler-4", "speed_up"]) and table["speed_up"].notna().sum() == 3
