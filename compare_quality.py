@@ -27,7 +27,7 @@ import diffusers
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -38,7 +38,7 @@ from dipo.devices import dtype_for, start
 from dipo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, describe, save_plot
 from dipo.files import find_path, read_record, write_csv
 from dipo.judges import CLIPScore, HPSv2, Judge, PickScore
-from dipo.models import decode, encode, load_part, merge_lora, quiet_libraries, ready
+from dipo.models import decode, encode, fitted, load_part, merge_lora, pipeline_class, quiet_libraries, ready
 from dipo.scores import Scores
 from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
 from dipo.study import Row, Study, eta_label, open_study
@@ -93,31 +93,35 @@ PAPER = {
 
 
 @torch.no_grad()
-def sample(pipe: StableDiffusionXLPipeline, batch: Batch, tau: list[int], eta: float, w: float) -> torch.Tensor:
+def sample(pipe: DiffusionPipeline, batch: Batch, tau: list[int], eta: float, w: float) -> torch.Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16) with classifier-free guidance w (Ho and Salimans 2022).
 
     tau: timesteps, descending. eta: 0 (DDIM) to 1 (ancestral DDPM). w: 1 or less for no guidance. Returns latents, float32
-    (B, 4, H/8, W/8). Nothing in the loop waits for the device.
+    (B, 4, H/8, W/8). Nothing in the loop waits for the device. The UNet predicts the noise e, or v (Salimans and Ho 2022).
     """
     text = encode(pipe, batch, guided=w > 1)
+    predicts_v = pipe.scheduler.config.prediction_type == "v_prediction"
     x = batch.noise()
     with projected_once(pipe.unet, text):
         for t, a_t, a_next in batch.progress(successive(pipe.scheduler, tau, x.device)):
             x_in = torch.cat([x, x]) if w > 1 else x
-            e = pipe.unet(x_in.to(text.prompt_embeds.dtype), t, **text.last(len(x_in)))[0].to(x.dtype)
+            out = pipe.unet(x_in.to(text.prompt_embeds.dtype), t, **text.last(len(x_in)))[0].to(x.dtype)
             if w > 1:
-                e_uncond, e_cond = e.chunk(2)
-                e = e_uncond + w * (e_cond - e_uncond)
-            x_0 = (x - sqrt(1 - a_t) * e) / sqrt(a_t)
-            sigma = eta * sqrt((1 - a_next) / (1 - a_t) * (1 - a_t / a_next))
-            x = sqrt(a_next) * x_0 + sqrt(1 - a_next - sigma**2) * e
-            if sigma > 0:
-                x = x + sigma * batch.noise()
+                uncond, cond = out.chunk(2)
+                out = uncond + w * (cond - uncond)
+            if predicts_v:
+                x_0, e = sqrt(a_t) * x - sqrt(1 - a_t) * out, sqrt(a_t) * out + sqrt(1 - a_t) * x
+            else:
+                x_0, e = (x - sqrt(1 - a_t) * out) / sqrt(a_t), out
+            variance = eta**2 * (1 - a_next) / (1 - a_t) * (1 - a_t / a_next)
+            x = sqrt(a_next) * x_0 + sqrt(1 - a_next - variance) * e
+            if variance > 0:
+                x = x + sqrt(variance) * batch.noise()
     return x
 
 
 @torch.no_grad()
-def sample_by(pipe: StableDiffusionXLPipeline, batch: Batch, scheduler, steps: int, w: float) -> torch.Tensor:
+def sample_by(pipe: DiffusionPipeline, batch: Batch, scheduler, steps: int, w: float) -> torch.Tensor:
     """The same from the same initial noise by a deterministic scheduler of diffusers."""
     text = encode(pipe, batch, guided=w > 1)
     scheduler.set_timesteps(steps, device=batch.device)
@@ -135,14 +139,14 @@ def sample_by(pipe: StableDiffusionXLPipeline, batch: Batch, scheduler, steps: i
     return x
 
 
-def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """SDXL with the DPO-trained UNet and a DDIM scheduler swapped in."""
+def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    """SDXL (or SD 1.5, 2.1) with the DPO-trained UNet and a DDIM scheduler swapped in."""
     parts = {}
     if s.dpo_unet:
-        parts["unet"] = load_part(UNet2DConditionModel, "dpo-unet", s.dpo_unet, "unet", dtype)
+        parts["unet"] = load_part(UNet2DConditionModel, "dpo-unet", s.dpo_unet, "unet", dtype, s.base_model)
     if s.vae:
-        parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype)
-    pipe = load_part(StableDiffusionXLPipeline, "base-model", s.base_model, "", dtype, add_watermarker=False, **parts)
+        parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype, s.base_model)
+    pipe = load_part(pipeline_class(s.base_model), "base-model", s.base_model, "", dtype, **parts)
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     if s.dpo_lora:
@@ -316,6 +320,10 @@ def check_settings(s: Settings) -> None:
     check_steps("baseline-steps", *s.baseline_steps)
     check_steps("sampler-steps", *s.sampler_steps)
     check_etas("eta", s.eta)
+
+
+def check_samplers(s: Settings) -> None:
+    """Raise UserError for steps at which another sampler would not start near the last timestep."""
     for name, n in ((x, n) for x in s.samplers for n in s.sampler_steps):
         # Their whole-number strides leave the noisiest timesteps out where there are many steps.
         scheduler = SAMPLERS[name][1](timestep_spacing=s.timestep_spacing, steps_offset=1)
@@ -332,6 +340,8 @@ def main(s: Settings) -> None:
     judges += [CLIPScore(s.clip)] if s.clip else []
     if s.folders is not None:
         return score_folders(s, judges)
+    s = fitted(s)
+    check_samplers(s)
     rows = study_rows(s)
     baseline = next(r for r in rows if r.group == "Diffusion-DPO")
     with open_study(s, rows, judges) as study:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 from dipo import cli
@@ -32,10 +32,20 @@ from dipo.compiled import projected_once
 from dipo.devices import DTYPES, claimed, dtype_for, start
 from dipo.files import fingerprint, finished_images, read_record, writable_folder, write_csv
 from dipo.grids import remove_grids, save_grids
-from dipo.models import decode, encode, image_settings, load_part, merge_lora, quiet_libraries, ready, warn_of_long_prompts
+from dipo.models import (
+    decode,
+    encode,
+    fitted,
+    image_settings,
+    load_part,
+    merge_lora,
+    pipeline_class,
+    ready,
+    warn_of_long_prompts,
+)
 from dipo.prompts import one_line, read_prompts
 from dipo.settings import SamplingSettings, check_etas, check_sampling, check_steps, completed
-from dipo.timesteps import ddim_timesteps, successive
+from dipo.timesteps import ddim_timesteps, noise_level, successive
 
 
 @dataclass(kw_only=True)
@@ -78,41 +88,45 @@ EXAMPLE_PROMPTS = (
 
 @torch.no_grad()
 def sample(
-    pipe: StableDiffusionXLPipeline, batch: Batch, tau: list[int], eta: float, w: float, interval=None, negative_prompt=""
+    pipe: DiffusionPipeline, batch: Batch, tau: list[int], eta: float, w: float, interval=None, negative_prompt=""
 ) -> torch.Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16) with classifier-free guidance w (Ho and Salimans 2022).
 
     tau: timesteps, descending. eta: 0 (DDIM) to 1 (ancestral DDPM). w: 1 or less for no guidance. interval: the noise levels
     that are guided, low < sigma <= high (Kynkäänniemi et al. 2024, equation 6); None: all. Returns latents, float32
-    (B, 4, H/8, W/8). Nothing in the loop waits for the device.
+    (B, 4, H/8, W/8). Nothing in the loop waits for the device. The UNet predicts the noise e, or v (Salimans and Ho 2022).
     """
     low, high = interval or (0, math.inf)
     text = encode(pipe, batch, w > 1, negative_prompt)
+    predicts_v = pipe.scheduler.config.prediction_type == "v_prediction"
     x = batch.noise()
     with projected_once(pipe.unet, text):
         for t, a_t, a_next in batch.progress(successive(pipe.scheduler, tau, x.device)):
-            guided = w > 1 and low < sqrt(1 / a_t - 1) <= high
+            guided = w > 1 and low < noise_level(a_t) <= high
             x_in = torch.cat([x, x]) if guided else x
-            e = pipe.unet(x_in.to(text.prompt_embeds.dtype), t, **text.last(len(x_in)))[0].to(x.dtype)
+            out = pipe.unet(x_in.to(text.prompt_embeds.dtype), t, **text.last(len(x_in)))[0].to(x.dtype)
             if guided:
-                e_uncond, e_cond = e.chunk(2)
-                e = e_uncond + w * (e_cond - e_uncond)
-            x_0 = (x - sqrt(1 - a_t) * e) / sqrt(a_t)
-            sigma = eta * sqrt((1 - a_next) / (1 - a_t) * (1 - a_t / a_next))
-            x = sqrt(a_next) * x_0 + sqrt(1 - a_next - sigma**2) * e
-            if sigma > 0:
-                x = x + sigma * batch.noise()
+                uncond, cond = out.chunk(2)
+                out = uncond + w * (cond - uncond)
+            if predicts_v:
+                x_0, e = sqrt(a_t) * x - sqrt(1 - a_t) * out, sqrt(a_t) * out + sqrt(1 - a_t) * x
+            else:
+                x_0, e = (x - sqrt(1 - a_t) * out) / sqrt(a_t), out
+            variance = eta**2 * (1 - a_next) / (1 - a_t) * (1 - a_t / a_next)
+            x = sqrt(a_next) * x_0 + sqrt(1 - a_next - variance) * e
+            if variance > 0:
+                x = x + sqrt(variance) * batch.noise()
     return x
 
 
-def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """SDXL with the DPO-trained UNet and a DDIM scheduler swapped in."""
+def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    """SDXL (or SD 1.5, 2.1) with the DPO-trained UNet and a DDIM scheduler swapped in."""
     parts = {}
     if s.dpo_unet:
-        parts["unet"] = load_part(UNet2DConditionModel, "dpo-unet", s.dpo_unet, "unet", dtype)
+        parts["unet"] = load_part(UNet2DConditionModel, "dpo-unet", s.dpo_unet, "unet", dtype, s.base_model)
     if s.vae:
-        parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype)
-    pipe = load_part(StableDiffusionXLPipeline, "base-model", s.base_model, "", dtype, add_watermarker=False, **parts)
+        parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype, s.base_model)
+    pipe = load_part(pipeline_class(s.base_model), "base-model", s.base_model, "", dtype, **parts)
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     if s.dpo_lora:
@@ -141,7 +155,7 @@ def make_images(s: Settings, todo: dict[Path, dict], state, device: torch.device
     trained = pipe.scheduler.config
     tau = ddim_timesteps(s.num_inference_steps, s.timestep_spacing, trained.num_train_timesteps, trained.steps_offset)
     low, high = s.guidance_interval or (0, math.inf)
-    guided = [low < sqrt(1 / a_t - 1) <= high for _, a_t, _ in successive(pipe.scheduler, tau, device)]
+    guided = [low < noise_level(a_t) <= high for _, a_t, _ in successive(pipe.scheduler, tau, device)]
     if state.is_main_process:
         warn_of_long_prompts(pipe, [*(r["prompt"] for r in todo.values()), s.negative_prompt])
         if tau[0] < 900:
@@ -192,13 +206,13 @@ def check_settings(s: Settings) -> None:
 def main(s: Settings) -> None:
     s = completed(s, DEMO)
     check_settings(s)
+    s = fitted(s)
     s = replace(s, negative_prompt=one_line(s.negative_prompt))
     prompts = list(read_prompts(s.prompts, s.parti, s.pickapic)["prompt"]) if s.prompts else list(EXAMPLE_PROMPTS)
     prompts = prompts[: s.limit]
     state, device = start(s.device)
     dtype_name = dtype_for(s.dtype, device)
     out = writable_folder(s.output_dir)
-    quiet_libraries()
     with claimed(out, state):
         wanted, common = wanted_images(s, prompts, dtype_name)
         # Images of a longer run before belong to the folder too, if they were made with the same settings.

@@ -10,7 +10,7 @@ import diffusers
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ VERSIONS = {m.__name__: m.__version__ for m in (torch, diffusers, transformers)}
 class Batch:
     """B images that are sampled together, of one size in pixels, each with its prompt and seed."""
 
-    def __init__(self, pipe: StableDiffusionXLPipeline, prompts: list[str], seeds: list[int], height: int, width: int):
+    def __init__(self, pipe: DiffusionPipeline, prompts: list[str], seeds: list[int], height: int, width: int):
         self.prompts, self.height, self.width, self.device = prompts, height, width, pipe.unet.device
         factor = pipe.vae_scale_factor
         self.shape = (len(prompts), pipe.unet.config.in_channels, height // factor, width // factor)

@@ -4,7 +4,7 @@ import contextlib
 import sys
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from tqdm import tqdm
 
@@ -59,7 +59,7 @@ def projected_once(unet: UNet2DConditionModel, text: Text):
             setattr(m, name, layer)
 
 
-def compile_unet(pipe: StableDiffusionXLPipeline) -> None:
+def compile_unet(pipe: DiffusionPipeline) -> None:
     """Have torch.compile take the UNet, with its attention's projections fused and its images as channels_last, on a GPU
     the VAE's decoder too, at its next calls. What is compiled stays in torch's own cache on the disk."""
     if pipe.unet._compiled_call_impl is not None:
@@ -84,7 +84,7 @@ def compiling():
         raise UserError(f"--compile: torch.compile fails here ({first_line(e)[:200]}); leave it out") from e
 
 
-def forget_compiled(pipe: StableDiffusionXLPipeline) -> None:
+def forget_compiled(pipe: DiffusionPipeline) -> None:
     """Let go what was compiled for batches of another size, which holds memory."""
     torch.compiler.reset()
     pipe.unet.__dict__.pop("known_projections", None)

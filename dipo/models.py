@@ -1,36 +1,84 @@
-"""Models from a folder, a file or the hub; what SDXL is told of a prompt; pictures from latents."""
+"""Models from a folder, a file or the hub; what their UNet is told of a prompt; pictures from latents."""
 
+import re
 import sys
 import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import diffusers
+import huggingface_hub
+import safetensors
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES, infer_diffusers_model_type
 from huggingface_hub import errors
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from dipo.cli import UserError, first_line
-from dipo.files import find_path, fingerprint
+from dipo.files import ROOT, find_path, fingerprint
+
+# The pipelines that are sampled and trained, with what is left out of them: SDXL; SD 1.5, 2.0 and 2.1.
+PIPELINES = {"StableDiffusionXLPipeline": {"add_watermarker": False}}
+PIPELINES["StableDiffusionPipeline"] = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
+# A single file's kind by diffusers, its configuration in assets/configs, and what its tokenizers fill up with.
+SINGLE_FILES = {
+    "xl_base": ("sdxl", {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}),
+    "v1": ("sd15", {"tokenizer": "<|endoftext|>"}),
+    "v2": ("sd21", {"tokenizer": "!"}),
+}
 
 
-def load_part(cls, flag: str, name: str, subfolder: str, dtype: torch.dtype | None = None, **more):
-    """One model of a diffusers pipeline from a folder or the hub, from its subfolder where there is one.
+def load_part(cls, flag: str, name: str, subfolder: str, dtype: torch.dtype | None = None, config_of: str = "", **more):
+    """A pipeline of diffusers (subfolder "") or one model of it, from a folder, a .safetensors file or the hub.
 
-    cls: a class of diffusers, loaded with more; its configuration alone without a dtype. Of files in full and half precision
-    (variant fp16) those that fit dtype are preferred. Raises UserError when nothing usable is found.
+    cls: the class, loaded with more; its configuration alone without a dtype. Of files in full and half precision (variant
+    fp16) those that fit dtype are preferred; pickles are read as weights only. config_of: the base model whose configuration
+    a file has that holds a part alone. Raises UserError when nothing usable is found.
     """
+    try:
+        path = local_path(name)
+        if path and path.is_file():
+            return load_file(cls, path, subfolder, dtype, config_of, **more)
+        return load_folder(cls, path, name, subfolder, dtype, **more)
+    except Exception as e:
+        reasons = {
+            errors.LocalEntryNotFoundError: "no folder, not in the hub's cache, and the hub is out of reach",
+            errors.GatedRepoError: "gated: accept its terms on the hub and set HF_TOKEN",
+            errors.RepositoryNotFoundError: "neither a folder nor a model on the hub that this user may read",
+        }
+        cause = root_cause(e)
+        reason = next((text for kind, text in reasons.items() if isinstance(cause, kind)), first_line(e)[:200])
+        raise UserError(f"--{flag} {name}: cannot be loaded ({reason}); use download_models.py, or try --demo") from e
+
+
+def local_path(name: str) -> Path | None:
+    """Where a model lies on this machine: its folder or file, a single file of a repository (owner/name/file.safetensors)
+    once it is fetched, and with HF_HUB_OFFLINE what the hub's cache has of a repository. None for one on the hub."""
     path = find_path(name)
+    if path is None and (file := re.fullmatch(r"([^/]+/[^/]+)/(.+\.safetensors)", name)):
+        return Path(huggingface_hub.hf_hub_download(*file.groups()))
+    if path is None and HF_HUB_OFFLINE:
+        # diffusers asks the hub for the list of a sharded model's files even so.
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    return path
+
+
+def load_folder(cls, path: Path | None, name: str, subfolder: str, dtype: torch.dtype | None, **more):
+    """load_part from a folder, or from the hub where there is none."""
     loader = cls.from_pretrained if dtype else cls.load_config
     variants = ["fp16", None] if dtype in (torch.float16, torch.bfloat16) else [None, "fp16"]
     if path:
-        inner = subfolder if (path / subfolder / "config.json").exists() else ""
-        half_files = any((path / inner).rglob("*.fp16.safetensors"))
+        inner = subfolder if (path / subfolder).is_dir() and any((path / subfolder).glob("*config.json")) else ""
+        half_files = any((path / inner).rglob("*.fp16.*"))
         attempts = [(variant, inner) for variant in (variants if half_files else [None])]
     else:
         attempts = [(variant, inner) for inner in dict.fromkeys([subfolder, ""]) for variant in variants]
-    options = {"torch_dtype": dtype, "use_safetensors": True} | more
+    options = {"torch_dtype": dtype} | PIPELINES.get(cls.__name__, {}) | more
     for variant, inner in attempts:
         inside = {"subfolder": inner} if inner else {}
         try:
@@ -42,13 +90,80 @@ def load_part(cls, flag: str, name: str, subfolder: str, dtype: torch.dtype | No
             if not path and isinstance(cause, errors.LocalEntryNotFoundError):
                 # The hub was out of reach; whether the cache has another layout takes no further waiting.
                 options["local_files_only"] = True
-    reasons = {
-        errors.LocalEntryNotFoundError: "no folder, not in the hub's cache, and the hub is out of reach",
-        errors.GatedRepoError: "gated: accept its terms on the hub and set HF_TOKEN",
-        errors.RepositoryNotFoundError: "neither a folder nor a model on the hub that this user may read",
-    }
-    reason = next((text for kind, text in reasons.items() if isinstance(root_cause(error), kind)), first_line(error)[:200])
-    raise UserError(f"--{flag} {name}: cannot be loaded ({reason}); use download_models.py, or try --demo") from error
+    raise error
+
+
+def load_file(cls, path: Path, subfolder: str, dtype: torch.dtype | None, config_of: str, **more):
+    """load_part from one .safetensors file in the original layout or, of a part alone, in that of diffusers."""
+    base = local_path(config_of) if config_of else path
+    folder, pads = config_folder(base) if base and base.is_file() else (base or config_of, {})
+    inside = {"subfolder": subfolder} if subfolder else {}
+    if dtype is None:
+        return cls.load_config(str(folder), **inside) | (scheduler_marks(path) if subfolder == "scheduler" else {})
+    if not subfolder:
+        vocabulary = ROOT / "assets/configs/tokenizer"
+        more |= PIPELINES[cls.__name__]
+        more |= {part: transformers.CLIPTokenizer.from_pretrained(vocabulary, pad_token=pad) for part, pad in pads.items()}
+        more["scheduler"] = DDIMScheduler.from_config(load_file(DDIMScheduler, path, "scheduler", None, config_of))
+    return cls.from_single_file(str(path), config=str(folder), torch_dtype=dtype, **inside, **more)
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of a .safetensors file's tensors by their names, from its header."""
+    with safetensors.safe_open(path, "pt") as f:
+        return {key: f.get_slice(key).get_shape() for key in f.keys()}  # noqa: SIM118
+
+
+def config_folder(path: Path) -> tuple[Path, dict[str, str]]:
+    """Where the configuration of a single file is: beside it, or in assets/configs, then with the tokenizers that are to be
+    added and what they fill up with. ValueError for a file of another kind."""
+    if (path.parent / "model_index.json").exists():
+        return path.parent, {}
+    shapes = {key: SimpleNamespace(shape=shape) for key, shape in tensor_shapes(path).items()}
+    kind = infer_diffusers_model_type(shapes)
+    # What diffusers does not know it takes for v1.
+    if kind not in SINGLE_FILES or CHECKPOINT_KEY_NAMES[kind] not in shapes:
+        raise ValueError("no checkpoint of SDXL, SD 1.5 or SD 2 in the original layout")
+    name, pads = SINGLE_FILES[kind]
+    return ROOT / "assets/configs" / name, pads
+
+
+def scheduler_marks(path: Path) -> dict:
+    """What the empty tensors v_pred and ztsnr say of a single file (AUTOMATIC1111 and ComfyUI know them too): it predicts v,
+    and was trained with a last timestep of noise alone, from which sampling then has to start."""
+    names, marks = tensor_shapes(path), {}
+    if "v_pred" in names:
+        marks["prediction_type"] = "v_prediction"
+    if "ztsnr" in names:
+        marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return marks
+
+
+def pipeline_class(name: str):
+    """The class of the base model's pipeline: StableDiffusionXLPipeline, or StableDiffusionPipeline for SD 1.5, 2.0 and 2.1.
+    UserError for another one."""
+    kind = load_part(DiffusionPipeline, "base-model", name, "").get("_class_name")
+    if kind not in PIPELINES:
+        raise UserError(f"--base-model {name}: holds a {kind}; use a base model of SDXL, SD 1.5 or SD 2.1")
+    return getattr(diffusers, kind)
+
+
+def fitted(s):
+    """The settings with what follows from the base model: its own timestep spacing for auto, and its own VAE where the
+    default is SDXL's and it is of another family. Raises UserError for a base model that cannot be sampled here."""
+    quiet_libraries()
+    vae = next(f.default for f in fields(s) if f.name == "vae")
+    if s.vae == vae and pipeline_class(s.base_model) is not StableDiffusionXLPipeline:
+        s = replace(s, vae="")
+    scheduler = load_part(DDIMScheduler, "base-model", s.base_model, "scheduler")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(f"--base-model {s.base_model}: predicts {prediction}; use one that predicts epsilon or v_prediction")
+    if prediction == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(f"--base-model {s.base_model}: predicts the noise where all is noise (rescale_betas_zero_snr)")
+    if getattr(s, "timestep_spacing", "") == "auto":
+        s = replace(s, timestep_spacing=scheduler.get("timestep_spacing", "leading"))
+    return s
 
 
 def root_cause(e: BaseException) -> BaseException:
@@ -71,36 +186,28 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks.*")
 
 
-def ready(pipe: StableDiffusionXLPipeline, s, device: torch.device, less: str = "--dtype fp16") -> StableDiffusionXLPipeline:
-    """The pipeline on the device, after a look at whether its parts fit each other.
+def ready(pipe: DiffusionPipeline, s, device: torch.device, less: str = "--dtype fp16") -> DiffusionPipeline:
+    """The pipeline on the device, its VAE in float32 where fp16 is too narrow for it.
 
-    s: the settings that named them. less: a flag that takes less memory. Raises UserError for parts of different families, a
-    model that does not predict the noise, or too little memory.
+    s: the settings that named its parts. less: a flag that takes less memory. Raises UserError for a pipeline without one of
+    its text encoders, or too little memory.
     """
-    if pipe.scheduler.config.prediction_type != "epsilon":
-        raise UserError(f"--base-model {s.base_model}: predicts {pipe.scheduler.config.prediction_type}, not the noise")
-    if not pipe.text_encoder or not pipe.text_encoder_2:
-        raise UserError(f"--base-model {s.base_model}: lacks one of SDXL's two text encoders; use an SDXL base model")
-    wanted = pipe.text_encoder.config.hidden_size + pipe.text_encoder_2.config.hidden_size
-    if pipe.unet.config.cross_attention_dim != wanted:
-        name = getattr(s, "dpo_unet", "") or s.base_model
-        raise UserError(
-            f"--dpo-unet {name}: made for text embeddings of {pipe.unet.config.cross_attention_dim} numbers, "
-            f"but --base-model {s.base_model} gives {wanted}; take both from the same model family"
-        )
+    encoders = [part for part in pipe.components if part.startswith("text_encoder")]
+    if any(getattr(pipe, part) is None for part in encoders):
+        raise UserError(f"--base-model {s.base_model}: lacks one of its {len(encoders)} text encoders; use a base model")
     # What an earlier pipeline left: one that was compiled is in a circle with what was compiled.
     clear_device_cache(garbage_collection=True)
     try:
         pipe.to(device)
     except torch.OutOfMemoryError as e:
         raise UserError(f"--device {device}: its free memory does not hold the models; free some, or use {less}") from e
-    if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
+    if isinstance(pipe, StableDiffusionXLPipeline) and pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def merge_lora(pipe: StableDiffusionXLPipeline, name: str) -> None:
+def merge_lora(pipe: DiffusionPipeline, name: str) -> None:
     """Load a LoRA and add it to the UNet's weights, so that sampling costs what it does without; UserError if it does not
     fit."""
     path = find_path(name)
@@ -118,17 +225,27 @@ def merge_lora(pipe: StableDiffusionXLPipeline, name: str) -> None:
 def load_config(cls, flag: str, name: str, base_model: str, subfolder: str) -> dict:
     """The configuration of one model, from the base model where name is empty; UserError if it is of another class."""
     flag, name = (flag, name) if name else ("base-model", base_model)
-    config = load_part(cls, flag, name, subfolder)
+    config = load_part(cls, flag, name, subfolder, config_of=base_model)
     if config.get("_class_name") != cls.__name__:
         raise UserError(f"--{flag} {name}: holds {config.get('_class_name')}, not the {cls.__name__} that is needed here")
     return config
 
 
 def image_size(s) -> tuple[int, int]:
-    """Height and width in pixels, from the models' configurations alone; UserError unless both fit the VAE's factor."""
-    load_part(StableDiffusionXLPipeline, "base-model", s.base_model, "")
+    """Height and width in pixels, from the models' configurations alone; UserError unless both fit the VAE's factor, and for
+    parts of different families."""
+    pipeline_class(s.base_model)
     vae = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")
     unet = load_config(UNet2DConditionModel, "dpo-unet", s.dpo_unet, s.base_model, "unet")
+    base = load_config(UNet2DConditionModel, "base-model", "", s.base_model, "unet")
+    if unet["cross_attention_dim"] != base["cross_attention_dim"]:
+        raise UserError(
+            f"--dpo-unet {s.dpo_unet}: made for text embeddings of {unet['cross_attention_dim']} numbers, "
+            f"but --base-model {s.base_model} gives {base['cross_attention_dim']}; take both from the same model family"
+        )
+    if unet["in_channels"] != vae["latent_channels"]:
+        name = s.dpo_unet or s.base_model
+        raise UserError(f"{name}: its UNet takes {unet['in_channels']} channels, the VAE has {vae['latent_channels']}")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     default = unet["sample_size"] * factor
     height = default if s.height is None else s.height
@@ -149,7 +266,7 @@ def image_settings(s, dtype_name: str) -> dict:
     return common | {"dpo_unet": s.dpo_unet, "dpo_lora": s.dpo_lora, "weights": weights}
 
 
-def warn_of_long_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str]) -> None:
+def warn_of_long_prompts(pipe: DiffusionPipeline, prompts: list[str]) -> None:
     """Print a warning for each prompt longer than the text encoders read (77 tokens), with the part that is cut off."""
     tokenizer = pipe.tokenizer
     for prompt in dict.fromkeys(prompts):
@@ -162,36 +279,45 @@ def warn_of_long_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str]) ->
 
 
 class Text(NamedTuple):
-    """What SDXL's UNet is told of N rows of prompts and sizes."""
+    """What a UNet is told of N rows of prompts and, SDXL's, of sizes."""
 
     prompt_embeds: torch.Tensor  # (N, 77, D)
-    pooled_embeds: torch.Tensor  # (N, P)
-    time_ids: torch.Tensor  # (N, 6): SDXL's size conditioning, in pixels
+    pooled_embeds: torch.Tensor | None = None  # (N, P); None for SD 1.5 and 2.1
+    time_ids: torch.Tensor | None = None  # (N, 6): SDXL's size conditioning, in pixels
 
     def last(self, n: int) -> dict:
         """The UNet's arguments for the last n rows."""
-        added = {"text_embeds": self.pooled_embeds[-n:], "time_ids": self.time_ids[-n:]}
-        return {"encoder_hidden_states": self.prompt_embeds[-n:], "added_cond_kwargs": added, "return_dict": False}
+        given = {"encoder_hidden_states": self.prompt_embeds[-n:], "return_dict": False}
+        if self.pooled_embeds is not None:
+            given["added_cond_kwargs"] = {"text_embeds": self.pooled_embeds[-n:], "time_ids": self.time_ids[-n:]}
+        return given
 
 
 @torch.no_grad()
-def encode(pipe: StableDiffusionXLPipeline, batch, guided: bool, negative_prompt: str = "") -> Text:
-    """SDXL's text for the B images of a batch: 2B rows with the unconditional half first where guided, else B.
+def encode(pipe: DiffusionPipeline, batch, guided: bool, negative_prompt: str = "") -> Text:
+    """The text for the B images of a batch: 2B rows with the unconditional half first where guided, else B.
 
-    An empty negative prompt means SDXL's own unconditional embeddings (zeros where the model's index says so).
+    An empty negative prompt means the model's own unconditional embeddings (SDXL's: zeros where its index says so).
     """
     unique = list(dict.fromkeys(batch.prompts))
     rows = [unique.index(p) for p in batch.prompts]
     negative = [negative_prompt] * len(unique) if negative_prompt else None
-    text, no_text, pooled, no_pooled = pipe.encode_prompt(
-        unique, device=pipe.unet.device, do_classifier_free_guidance=guided, negative_prompt=negative
-    )
-    text, pooled = text[rows], pooled[rows]
-    if guided:
-        text, pooled = torch.cat([no_text[rows], text]), torch.cat([no_pooled[rows], pooled])
-    size = [batch.height, batch.width]
-    time_ids = torch.tensor([[*size, 0, 0, *size]], device=text.device, dtype=text.dtype)
-    return Text(text, pooled, time_ids.expand(len(text), -1))
+    options = {"device": pipe.unet.device, "num_images_per_prompt": 1, "negative_prompt": negative}
+    # SD 1.5 and 2.1 have no pooled embeddings.
+    text, no_text, *pooled = pipe.encode_prompt(unique, do_classifier_free_guidance=guided, **options)
+
+    def both(cond, uncond):
+        return torch.cat([uncond[rows], cond[rows]]) if guided else cond[rows]
+
+    return text_of(both(text, no_text), both(*pooled) if pooled else None, batch.height, batch.width)
+
+
+def text_of(prompt_embeds: torch.Tensor, pooled_embeds: torch.Tensor | None, height: int, width: int) -> Text:
+    """The Text of pictures of one size in pixels, whole ones."""
+    if pooled_embeds is None:
+        return Text(prompt_embeds)
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=prompt_embeds.device, dtype=prompt_embeds.dtype)
+    return Text(prompt_embeds, pooled_embeds, time_ids.expand(len(prompt_embeds), -1))
 
 
 @torch.no_grad()

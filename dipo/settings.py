@@ -28,13 +28,13 @@ class ModelPaths:
     """Where models and data are: a script's own Settings says it. They come first in --help."""
 
     base_model: str
-    """SDXL pipeline: a folder or a hub name"""
+    """SDXL pipeline, or one of SD 1.5 or 2.1: a folder, a .safetensors file or a hub name"""
     dpo_unet: str
-    """DPO-trained UNet: a folder or a hub name, with or without a subfolder unet; empty: the base model's own"""
+    """DPO-trained UNet: a folder or a hub name, with or without a subfolder unet, or a file; empty: the base model's own"""
     dpo_lora: str
     """DPO-trained LoRA instead, on the base model's own UNet unless --dpo-unet is given too: a folder, a file, a hub name"""
     vae: str
-    """VAE that stays finite in fp16: a folder or a hub name; empty: the base model's own"""
+    """VAE that stays finite in fp16: a folder, a file or a hub name; empty (and for SD 1.5 and 2.1): the base model's own"""
     parti: str
     """data set behind --prompts parti: a folder or a hub name"""
     pickapic: str
@@ -74,12 +74,12 @@ class SamplingSettings(ModelPaths):
 
     guidance_scale: float = 5.0
     """classifier-free guidance; 1 or less switches it off, for half the operations"""
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    """leading is SDXL's own"""
+    timestep_spacing: Literal["auto", "leading", "trailing", "linspace"] = "auto"
+    """auto: the base model's own, leading for SDXL"""
     seed: int = 0
     """image number i is drawn from seed + i"""
     height: int | None = None
-    """pixels; default: the model's own, 1024 for SDXL"""
+    """pixels; default: the model's own, 1024 for SDXL, 512 for SD 1.5"""
     width: int | None = None
     """pixels; default: the model's own, 1024 for SDXL"""
 

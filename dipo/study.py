@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 from accelerate.utils.memory import clear_device_cache
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from dipo.batches import Batches, RunBatch
@@ -16,7 +16,7 @@ from dipo.devices import DTYPES, claimed, dtype_for, start
 from dipo.files import fingerprint, finished_images, writable_folder
 from dipo.grids import remove_grids, save_grids
 from dipo.judges import Judge
-from dipo.models import image_settings, quiet_libraries, warn_of_long_prompts
+from dipo.models import image_settings, warn_of_long_prompts
 from dipo.prompts import by_category, read_prompts
 from dipo.scores import Scores
 from dipo.settings import StudySettings
@@ -61,7 +61,6 @@ class Study:
         dtype_name = dtype_for(s.dtype, self.device)
         self.dtype, self.is_main = DTYPES[dtype_name], self.state.is_main_process
         self.folder = writable_folder(s.output_dir)
-        quiet_libraries()
         self.wanted = self.wanted_images(dtype_name)
         self.scores = Scores(self.folder, judges, dtype_name)
 
@@ -120,7 +119,7 @@ class Study:
         """The rows, of the tuned or of the base UNet, of which this process has images to make."""
         return [row for row in self.rows if row.base_unet == base_unet and self.share(row)]
 
-    def batches(self, pipe: StableDiffusionXLPipeline, base_unet: bool = False) -> Iterator[tuple[Row, RunBatch]]:
+    def batches(self, pipe: DiffusionPipeline, base_unet: bool = False) -> Iterator[tuple[Row, RunBatch]]:
         """The missing images of one UNet's rows, row by row and batch by batch, after warm-ups that are not timed."""
         if self.is_main:
             warn_of_long_prompts(pipe, list(self.prompts["prompt"]))

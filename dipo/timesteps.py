@@ -1,5 +1,7 @@
 """The subsequence tau of the training timesteps that DDIM walks."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -39,3 +41,8 @@ def successive(scheduler, tau: list[int], device: torch.device) -> list[tuple[to
     alpha_bar = scheduler.alphas_cumprod.double()
     a = [*alpha_bar[tau].tolist(), float(scheduler.final_alpha_cumprod)]
     return list(zip(torch.tensor(tau, device=device), a[:-1], a[1:], strict=True))
+
+
+def noise_level(a_t: float) -> float:
+    """sigma = sqrt(1 / alpha_bar - 1) of Karras et al. 2022, infinite where all is noise."""
+    return math.sqrt(1 / a_t - 1) if a_t else math.inf

@@ -93,7 +93,8 @@ class Noise(Batch):
 
 def bare_pipe(unet, alphas_cumprod):
     """A pipeline that has no more than the loop asks for: a function of x and t as its UNet, and alpha_bar."""
-    scheduler = SimpleNamespace(alphas_cumprod=alphas_cumprod, final_alpha_cumprod=alphas_cumprod[0])
+    config = SimpleNamespace(prediction_type="epsilon")
+    scheduler = SimpleNamespace(alphas_cumprod=alphas_cumprod, final_alpha_cumprod=alphas_cumprod[0], config=config)
     text = (torch.zeros(1, 77, 8, dtype=torch.float64), None, torch.zeros(1, 8, dtype=torch.float64), None)
 
     def call(x, t, **_):
