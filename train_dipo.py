@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 from dipo import checkpoints, cli, training
@@ -47,7 +47,7 @@ from dipo.cache import open_pairs, read_note
 from dipo.cli import Stopped, UserError
 from dipo.devices import DTYPES, claimed, on_cpu
 from dipo.files import writable_folder
-from dipo.models import load_part, quiet_libraries, ready
+from dipo.models import fitted, load_part, pipeline_class, ready
 from dipo.pairs import check_usable, make_loader, open_dataset, quiet_data
 from dipo.prompts import read_prompts
 from dipo.results import base_pictures, plot_metrics, save_result, validate
@@ -57,9 +57,9 @@ from dipo.settings import completed
 @dataclass(kw_only=True)
 class Settings:
     base_model: str = "stabilityai/stable-diffusion-xl-base-1.0"
-    """SDXL pipeline to train and to compare with: a folder or a hub name"""
+    """SDXL pipeline to train and to compare with, or one of SD 1.5 or 2.1: a folder, a .safetensors file or a hub name"""
     vae: str = "madebyollin/sdxl-vae-fp16-fix"
-    """VAE that stays finite in fp16: a folder or a hub name; empty: the base model's own"""
+    """VAE that stays finite in fp16: a folder, a file or a hub name; empty (and for SD 1.5 and 2.1): the base model's own"""
     dataset: str = "yuvalkirstain/pickapic_v2"
     """preference pairs: a hub name, a parquet file or a folder of them (those named train*, if there are any)"""
 
@@ -99,7 +99,7 @@ class Settings:
     lora_rank: int = 0
     """train a LoRA of this rank instead of all weights; the reference model is then the same UNet without it"""
     resolution: int | None = None
-    """pixels of a side, after resize and centre crop; default: the model's own, 1024 for SDXL"""
+    """pixels of a side, after resize and centre crop; default: the model's own, 1024 for SDXL, 512 for SD 1.5"""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
     """of the computation, over float32 weights; auto: bf16 on GPUs that have it, fp16 on others, no on the CPU"""
     gradient_checkpointing: bool = True
@@ -166,17 +166,17 @@ VALIDATION_PROMPTS = (
 )
 
 
-def dpo_loss(model_pred: torch.Tensor, reference_pred: torch.Tensor, noise: torch.Tensor, beta_dpo: float):
+def dpo_loss(model_pred: torch.Tensor, reference_pred: torch.Tensor, target: torch.Tensor, beta_dpo: float):
     """Diffusion-DPO's loss (Wallace et al. 2024, equation 14, with a constant weight) of B pairs.
 
-    model_pred, reference_pred: predicted noise (2B, C, H, W), the winners first. noise: (B, C, H, W), shared by winner and
-    loser. With m and r the mean squared errors of model and reference, a pair's argument is
-    -beta / 2 * ((m_w - m_l) - (r_w - r_l)), its loss -log sigmoid(argument), computed in float32 (float64 for float64).
-    Returns the mean loss (), the arguments (B,), and m and r (2B,).
+    model_pred, reference_pred, target: (2B, C, H, W), the winners first; the target is the noise, which winner and loser
+    share, or their v (Salimans and Ho 2022), whose squared error is the noise's over alpha_bar. With m and r the mean
+    squared errors of model and reference, a pair's argument is -beta / 2 * ((m_w - m_l) - (r_w - r_l)), its loss
+    -log sigmoid(argument), computed in float32 (float64 for float64). Returns the mean loss (), the arguments (B,), and m
+    and r (2B,).
     """
-    kind = torch.float64 if noise.dtype == torch.float64 else torch.float32
-    target = torch.cat([noise, noise]).to(kind)
-    m, r = ((pred.to(kind) - target).square().mean(dim=(1, 2, 3)) for pred in (model_pred, reference_pred))
+    kind = torch.float64 if target.dtype == torch.float64 else torch.float32
+    m, r = ((pred.to(kind) - target.to(kind)).square().mean(dim=(1, 2, 3)) for pred in (model_pred, reference_pred))
     (m_w, m_l), (r_w, r_l) = m.chunk(2), r.chunk(2)
     argument = -beta_dpo / 2 * ((m_w - m_l) - (r_w - r_l))
     return -F.logsigmoid(argument).mean(), argument, m, r
@@ -223,24 +223,23 @@ def tell_rates(s: Settings, accelerator: Accelerator) -> None:
     )
 
 
-def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """SDXL on the device: VAE and text encoders frozen in dtype, the UNet in float32, or in dtype for a LoRA.
-
-    Raises UserError when a model cannot be loaded or does not predict the noise.
-    """
+def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    """SDXL (or SD 1.5, 2.1) on the device: VAE and text encoders frozen in dtype, the UNet in float32, or in dtype for a
+    LoRA. UserError when a model cannot be loaded."""
     unet_dtype = dtype if s.lora_rank else torch.float32
     parts = {"unet": load_part(UNet2DConditionModel, "base-model", s.base_model, "unet", unet_dtype)}
     if s.vae:
-        parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype)
-    pipe = load_part(StableDiffusionXLPipeline, "base-model", s.base_model, "", dtype, **parts, add_watermarker=False)
+        parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype, s.base_model)
+    pipe = load_part(pipeline_class(s.base_model), "base-model", s.base_model, "", dtype, **parts)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     pipe = ready(pipe, s, device, less="--lora-rank 64")
-    for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        part.requires_grad_(False).eval()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module) and part is not pipe.unet:
+            part.requires_grad_(False).eval()
     return pipe
 
 
-def wrap(s: Settings, pipe: StableDiffusionXLPipeline, accelerator: Accelerator):
+def wrap(s: Settings, pipe: DiffusionPipeline, accelerator: Accelerator):
     """The UNet as accelerate, FSDP or DeepSpeed have it, its optimizer, and the frozen reference (None for a LoRA)."""
     unet, dtype, reference = pipe.unet, s.dtype, None
     if s.lora_rank:
@@ -271,6 +270,7 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
     """The optimizer steps up to max_train_steps. Returns the signal that ended them early, 0 if none did."""
     device, deepspeed = accelerator.device, accelerator.distributed_type == "DEEPSPEED"
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    predicts_v = pipe.scheduler.config.prediction_type == "v_prediction"
     unconditional = training.encode_unconditional(pipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     batches, before = iter(loader), training.probe(parameters)
@@ -291,8 +291,9 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                 batch = next(batches)
                 latents, text = training.prepare_batch(pipe, batch, unconditional)
                 noise, t = (batch[k].to(device, non_blocking=True) for k in ("noise", "timestep"))
-                t = torch.cat([t, t])
-                noisy = noise_scheduler.add_noise(latents, torch.cat([noise, noise]), t).to(s.dtype)
+                noise, t = torch.cat([noise, noise]), torch.cat([t, t])
+                noisy = noise_scheduler.add_noise(latents, noise, t).to(s.dtype)
+                target = noise_scheduler.get_velocity(latents, noise, t) if predicts_v else noise
                 given = text.last(len(noisy))
                 with accelerator.accumulate(model):
                     with (
@@ -302,7 +303,7 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                     ):
                         reference_pred = base(noisy, t, **given)[0]
                     model_pred = model(noisy, t, **given)[0]
-                    loss, argument, m, r = dpo_loss(model_pred, reference_pred, noise, s.beta_dpo)
+                    loss, argument, m, r = dpo_loss(model_pred, reference_pred, target, s.beta_dpo)
                     if progress["step"] == 0 and i == 0:
                         training.check_start(argument)
                     accelerator.backward(loss)
@@ -374,10 +375,10 @@ def release(s: Settings, accelerator: Accelerator, pipe, model, progress: dict, 
 def main(s: Settings) -> None:
     s = complete(s)
     training.check_training(s)
+    s = fitted(s)
     prompts = list(VALIDATION_PROMPTS)
     if s.validation_prompts:
         prompts = list(read_prompts(s.validation_prompts, flag="validation-prompts")["prompt"][:8])
-    quiet_libraries()
     quiet_data()
     out = writable_folder(s.output_dir)
     accelerator = open_accelerator(s, out)

@@ -110,9 +110,9 @@ def reference_way(s: Settings, model: str, pairs: Path, device: torch.device) ->
                 latents = latents * vae.config.scaling_factor
                 both = SimpleNamespace(prompts=[pair["caption"]] * 2, height=resolution, width=resolution)
                 given = encode(pipe, both, guided=False).last(2)
-                noise = torch.randn_like(latents[:1])
+                noise = torch.randn_like(latents[:1]).expand_as(latents)
                 t = torch.randint(schedule.config.num_train_timesteps, (1,), device=device).expand(2)
-                noisy = schedule.add_noise(latents, noise.expand_as(latents), t)
+                noisy = schedule.add_noise(latents, noise, t)
                 base = reference(noisy, t, **given)[0]
             with torch.autocast(device.type, half, enabled=cuda):
                 out = unet(noisy, t, **given)[0]

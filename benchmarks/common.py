@@ -27,33 +27,6 @@ from dipo.models import decode, quiet_libraries
 from dipo.settings import DEMO_PATHS
 from dipo.timesteps import ddim_timesteps
 
-# The configurations of stabilityai/stable-diffusion-xl-base-1.0, as far as they differ from the classes' defaults.
-UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-VAE = {
-    "sample_size": 1024,
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "scaling_factor": 0.13025,
-    "force_upcast": False,
-}
-TEXT_1 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-TEXT_2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-TEXT_1 |= {"hidden_act": "quick_gelu", "projection_dim": 768}
-TEXT_2 |= {"hidden_act": "gelu", "projection_dim": 1280}
 DEMO, SDXL = DEMO_PATHS["base_model"], hasty_sample.Settings.base_model
 
 
@@ -77,18 +50,19 @@ def begin(s) -> torch.device:
 
 
 def random_sdxl(device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """SDXL's architecture with random weights, made on the device; with the demo's tokenizers, whose words
-    are numbers too, and its scheduler, which is SDXL's, as DDIM."""
-    before = torch.get_default_dtype()
+    """SDXL's architecture with random weights, made on the device, and a VAE that runs in fp16; with the demo's tokenizers,
+    whose words are numbers too, and its scheduler, which is SDXL's, as DDIM."""
+    folder, before, parts = find_path("assets/configs/sdxl"), torch.get_default_dtype(), {}
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
-            text_1 = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT_1))
-            text_2 = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**TEXT_2))
+            for part, cls, more in (("unet", UNet2DConditionModel, {}), ("vae", AutoencoderKL, {"force_upcast": False})):
+                parts[part] = cls.from_config(cls.load_config(folder, subfolder=part), **more)
+            for part in ("text_encoder", "text_encoder_2"):
+                config = transformers.CLIPTextConfig.from_pretrained(folder, subfolder=part)
+                parts[part] = getattr(transformers, config.architectures[0])(config)
     finally:
         torch.set_default_dtype(before)
-    parts = {"unet": unet, "vae": vae, "text_encoder": text_1, "text_encoder_2": text_2}
     pipe = StableDiffusionXLPipeline.from_pretrained(find_path(DEMO), **parts, torch_dtype=dtype, add_watermarker=False)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from dipo.cli import UserError
@@ -29,7 +29,7 @@ def read_note(cache_dir: str) -> dict:
         return {}
 
 
-def open_pairs(s, rows, pipe: StableDiffusionXLPipeline, accelerator: Accelerator) -> tuple[Pairs, dict]:
+def open_pairs(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator) -> tuple[Pairs, dict]:
     """This process's pairs, of the cache (filled first, where that is to be done) or of rows themselves, and how many of the
     cache's were left out, by reason."""
     resolution = picture_size(s, pipe)
@@ -56,7 +56,7 @@ def read_cached(row: dict, shapes: dict[str, list[int]], dtype: torch.dtype) -> 
     return {k: torch.frombuffer(bytearray(row[k]), dtype=dtype).reshape(shape) for k, shape in shapes.items()}
 
 
-def filled(s, rows, pipe: StableDiffusionXLPipeline, accelerator: Accelerator, resolution: int) -> dict:
+def filled(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator, resolution: int) -> dict:
     """Encode every usable pair once, on all processes. Returns what cache.json then holds. Raises UserError for a cache of
     other data, models or settings, and for one that another run is filling. A finished one is read only, by any number."""
     with contextlib.ExitStack() as stack:
@@ -78,7 +78,7 @@ def filled(s, rows, pipe: StableDiffusionXLPipeline, accelerator: Accelerator, r
     return note
 
 
-def agreed_note(s, pipe: StableDiffusionXLPipeline, accelerator: Accelerator, resolution: int) -> dict:
+def agreed_note(s, pipe: DiffusionPipeline, accelerator: Accelerator, resolution: int) -> dict:
     """What cache.json says, written first where it is not there; UserError where this run is another."""
     wanted = {k: getattr(s, k) for k in ("dataset", "base_model", "vae", "max_train_pairs")}
     wanted |= {"resolution": resolution, "dtype": str(pipe.vae.dtype)}
@@ -95,7 +95,7 @@ def agreed_note(s, pipe: StableDiffusionXLPipeline, accelerator: Accelerator, re
     return note
 
 
-def encode_all(s, rows, pipe: StableDiffusionXLPipeline, accelerator: Accelerator, resolution: int) -> tuple[dict, dict]:
+def encode_all(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator, resolution: int) -> tuple[dict, dict]:
     """Write this process's share in shards of CACHE_SHARD pairs, going on behind the last whole one. Returns how many pairs
     were encoded and left out, and the shapes of what a pair's row holds."""
     folder, rank = Path(s.cache_dir).expanduser(), accelerator.process_index
@@ -128,15 +128,16 @@ def encode_all(s, rows, pipe: StableDiffusionXLPipeline, accelerator: Accelerato
     return counts, shapes
 
 
-def encode_batch(pipe: StableDiffusionXLPipeline, batch: dict) -> tuple[list[dict], dict[str, list[int]]]:
+def encode_batch(pipe: DiffusionPipeline, batch: dict) -> tuple[list[dict], dict[str, list[int]]]:
     """A row of bytes for each of B pairs, all in the VAE's dtype, and the shapes of what it holds."""
     pixels = batch["pixels"]
     moments = encode_pictures(pipe.vae, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).cpu()
-    text, pooled = (x.to(moments.dtype).cpu() for x in encode_captions(pipe, batch["caption"]))
-    columns = dict(zip(CACHED, (moments, text, pooled), strict=True))
+    text = (x.to(moments.dtype).cpu() for x in encode_captions(pipe, batch["caption"]))
+    # SD 1.5 and 2.1 have no pooled embeddings, the last of the columns.
+    columns = dict(zip(CACHED, (moments, *text), strict=False))
     # The bytes of bf16, which numpy does not have.
     as_bytes = {k: [row.contiguous().view(torch.uint8).numpy().tobytes() for row in x] for k, x in columns.items()}
-    rows = [dict(zip(CACHED, row, strict=True)) | {"label_0": 1.0} for row in zip(*as_bytes.values(), strict=True)]
+    rows = [dict(zip(columns, row, strict=True)) | {"label_0": 1.0} for row in zip(*as_bytes.values(), strict=True)]
     return rows, {k: list(x.shape[1:]) for k, x in columns.items()}
 
 

@@ -108,7 +108,7 @@ def model_card(s, summary: dict) -> str:
     data = huggingface_hub.ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["diffusion-dpo", "dipo", "stable-diffusion-xl"] + (["lora"] if s.lora_rank else []),
+        tags=["diffusion-dpo", "dipo"] + (["lora"] if s.lora_rank else []),
         base_model=s.base_model if find_path(s.base_model) is None else None,
         datasets=[s.dataset] if find_path(s.dataset) is None else None,
     )

@@ -22,6 +22,9 @@ DEMO_PATHS = {
     "pickapic": "assets/demo/pickapic",
 }
 
+# owner/name, or a file in that repository
+HUB_NAME = r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(/.+\.safetensors)?"
+
 
 @dataclass(kw_only=True)
 class ModelPaths:
@@ -169,11 +172,14 @@ def check_different(flag: str, *values: float) -> None:
 
 
 def check_model_path(flag: str, name: str, index_file: str) -> None:
-    """Raise UserError unless name is a model folder (it or its subfolder of the kind holds index_file), could be a hub
-    name such as "owner/name", or is empty where the base model's own part can stand in."""
+    """Raise UserError unless name is a .safetensors file or a model folder (it or its subfolder of the kind holds
+    index_file), could be a hub name such as "owner/name" or a file there, or is empty where the base model's own part can
+    stand in."""
     path = find_path(name)
-    if path:
+    if path and path.suffix != ".safetensors":
         if not any((path / sub / index_file).exists() for sub in ("", "unet", "vae")):
-            raise UserError(f"--{flag} {name}: no {index_file} in it, so this is not a model folder of diffusers")
-    elif (name or flag == "base-model") and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+            raise UserError(
+                f"--{flag} {name}: neither a .safetensors file nor a model folder of diffusers with {index_file}"
+            )
+    elif not path and (name or flag == "base-model") and not re.fullmatch(HUB_NAME, name):
         raise UserError(f"--{flag} {name!r}: no such folder; give a folder, run download_models.py, or try --demo")

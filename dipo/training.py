@@ -9,7 +9,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import is_wandb_available
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dipo.cli import UserError
 from dipo.devices import on_cpu
-from dipo.models import Text
+from dipo.models import Text, text_of
 from dipo.settings import check_at_least
 
 CACHED = ("moments", "prompt_embeds", "pooled_embeds")
@@ -66,7 +66,7 @@ def accumulation_steps(effective_batch_size: int, train_batch_size: int, process
     return steps
 
 
-def picture_size(s, pipe: StableDiffusionXLPipeline) -> int:
+def picture_size(s, pipe: DiffusionPipeline) -> int:
     """Pixels of a picture's side; UserError unless the VAE and all levels of the UNet can halve it."""
     multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     resolution = s.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -144,39 +144,37 @@ def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_captions(pipe: StableDiffusionXLPipeline, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """SDXL's embeddings of B captions, (B, 77, D) and pooled (B, P)."""
-    text, _, pooled, _ = pipe.encode_prompt(captions, device=pipe.vae.device, do_classifier_free_guidance=False)
-    return text, pooled
+def encode_captions(pipe: DiffusionPipeline, captions: list[str]) -> list[torch.Tensor]:
+    """The embeddings of B captions, (B, 77, D), and SDXL's pooled ones, (B, P)."""
+    options = {"device": pipe.vae.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    return list(pipe.encode_prompt(captions, **options)[::2])
 
 
-def encode_unconditional(pipe: StableDiffusionXLPipeline) -> tuple[torch.Tensor, torch.Tensor]:
-    """The embeddings of SDXL's unconditional side, (1, 77, D) and (1, P): zeros where the model's index says so."""
-    text, pooled = encode_captions(pipe, [""])
-    if pipe.config.force_zeros_for_empty_prompt:
-        return torch.zeros_like(text), torch.zeros_like(pooled)
-    return text, pooled
+def encode_unconditional(pipe: DiffusionPipeline) -> list[torch.Tensor]:
+    """The same of the model's unconditional side, B = 1: SDXL's is zeros where its index says so."""
+    zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", False)
+    return [torch.zeros_like(x) if zeros else x for x in encode_captions(pipe, [""])]
 
 
-def prepare_batch(pipe: StableDiffusionXLPipeline, batch: dict, unconditional: tuple[torch.Tensor, torch.Tensor]):
+def prepare_batch(pipe: DiffusionPipeline, batch: dict, unconditional: list[torch.Tensor]) -> tuple[torch.Tensor, Text]:
     """What the UNet needs of B pairs, the winners first: latents (2B, 4, H/8, W/8) float32, scaled, and their Text, 2B rows.
     unconditional: the embeddings of a dropped caption."""
     device = pipe.vae.device
     if "moments" in batch:
-        moments, text, pooled = (batch[k].to(device, non_blocking=True) for k in CACHED)
+        moments, *given = (batch[k].to(device, non_blocking=True) for k in CACHED if k in batch)
         moments = moments.transpose(0, 1).flatten(0, 1)
     else:
         moments = encode_pictures(pipe.vae, batch["pixels"].transpose(0, 1).flatten(0, 1))
-        text, pooled = encode_captions(pipe, batch["caption"])
+        given = encode_captions(pipe, batch["caption"])
     posterior = DiagonalGaussianDistribution(moments.float())
     z = posterior.mean + posterior.std * batch["posterior_noise"].transpose(0, 1).flatten(0, 1).to(device)
     drop = batch["drop_caption"].to(device)
-    text = torch.where(drop[:, None, None], unconditional[0], text)
-    pooled = torch.where(drop[:, None], unconditional[1], pooled)
+    text, *pooled = (
+        torch.where(drop.view(-1, *[1] * (x.ndim - 1)), none, x).repeat(2, *[1] * (x.ndim - 1))
+        for x, none in zip(given, unconditional, strict=True)
+    )
     height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
-    time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=unconditional[0].dtype)
-    given = Text(torch.cat([text, text]), torch.cat([pooled, pooled]), time_ids.expand(len(z), -1))
-    return z * pipe.vae.config.scaling_factor, given
+    return z * pipe.vae.config.scaling_factor, text_of(text, *(pooled or [None]), height, width)
 
 
 def check_start(argument: torch.Tensor) -> None:

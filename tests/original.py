@@ -1,4 +1,4 @@
-"""A pipeline of diffusers written out in the original layout, as single-file checkpoints have it, and small random pipelines."""
+"""Small random pipelines, and pipelines written out in the original layout, as single-file checkpoints have it."""
 
 import re
 
@@ -78,7 +78,10 @@ def original_vae(vae):
 
 
 def text_weights(encoder):
-    return {f"text_model.{k.removeprefix('text_model.')}" if "projection" not in k else k: v for k, v in encoder.state_dict().items()}
+    return {
+        f"text_model.{k.removeprefix('text_model.')}" if "projection" not in k else k: v
+        for k, v in encoder.state_dict().items()
+    }
 
 
 def original_clip(encoder, prefix):
@@ -120,18 +123,23 @@ def save_original(pipe, path, *marks):
 
 def text_config(width, act, **more):
     words = {"vocab_size": 666, "bos_token_id": 664, "eos_token_id": 665, "hidden_act": act, "projection_dim": width}
-    return CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, **words)
+    return CLIPTextConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, **words
+    )
 
 
 def small_pipeline(family="sd15", **scheduler):
-    """A random pipeline of SDXL's ("sdxl"), SD 1.5's or SD 2.1's kind that makes pictures of 64 pixels, with the demo's words.
-    scheduler: what differs from SD 1.5's configuration."""
+    """A random pipeline of SDXL's ("sdxl"), SD 1.5's or SD 2.1's kind that makes pictures of 64 pixels, with the demo's
+    words. scheduler: what differs from SD 1.5's configuration."""
     torch.manual_seed(0)
     unet = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
-    unet |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    unet |= {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     unet |= {"cross_attention_dim": 32, "attention_head_dim": 8 if family == "sd15" else (2, 4)}
     unet |= {"use_linear_projection": family != "sd15", "upcast_attention": family == "sd21"}
-    parts, tokenizer_2 = {}, {}
+    parts = {}
     if family == "sdxl":
         unet |= {"cross_attention_dim": 80, "addition_embed_type": "text_time", "addition_time_embed_dim": 8}
         unet |= {"projection_class_embeddings_input_dim": 48 + 6 * 8}

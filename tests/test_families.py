@@ -1,5 +1,5 @@
-"""Models as people have them: single files, models that predict v, SD 1.5 and 2.1, pickles, shards, the hub's cache. Latents are
-those of diffusers' own pipelines."""
+"""Models as people have them: SD 1.5 and 2.1, models that predict v, single files, pickles, shards, the hub's cache. Their
+latents are those of diffusers' own pipelines."""
 
 import json
 import shutil
@@ -12,8 +12,7 @@ from helpers import PROMPTS, SAMPLERS, demo_settings, latents, load, script
 from original import original_vae, save_original, small_pipeline
 from safetensors.torch import load_file, save_file
 
-from dipo.cli import UserError
-from dipo.models import fitted, image_size
+from dipo.models import fitted
 from dipo.timesteps import ddim_timesteps
 
 KINDS = {
@@ -117,7 +116,10 @@ def test_the_demo_as_a_single_file_gives_the_latents_of_its_folder(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.vae.parameters(), pipe.vae.parameters(), strict=True))
     # And a UNet in the layout of diffusers.
     s = type(s)(**(vars(s) | {"dpo_unet": str(ROOT / "assets/demo/dpo-unet/diffusion_pytorch_model.safetensors")}))
-    assert torch.equal(latents(script("hasty_sample").load_pipeline(s, torch.device("cpu"), torch.float32), PROMPTS, tau), latents(pipe, PROMPTS, tau))
+    assert torch.equal(
+        latents(script("hasty_sample").load_pipeline(s, torch.device("cpu"), torch.float32), PROMPTS, tau),
+        latents(pipe, PROMPTS, tau),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,7 +127,9 @@ def test_a_single_file_of_each_kind(folders, kind, tmp_path, monkeypatch):
     """Without a configuration beside it: the kind is told by the tensors, what it predicts by those that are only a mark."""
     family, scheduler = KINDS[kind]
     path = tmp_path / "model.safetensors"
-    marks = ["v_pred"] * (family == "sdxl" and "prediction_type" in scheduler) + ["ztsnr"] * ("timestep_spacing" in scheduler)
+    marks = ["v_pred"] * (family == "sdxl" and "prediction_type" in scheduler) + ["ztsnr"] * (
+        "timestep_spacing" in scheduler
+    )
     save_original(small_pipeline(family, **scheduler), path, *marks)
     # A small model's configuration in the place of the real one's, under assets/configs.
     configs = tmp_path / "assets/configs"
@@ -142,3 +146,154 @@ def test_a_single_file_of_each_kind(folders, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(dipo.models, "infer_diffusers_model_type", lambda shapes: kinds[family])
     monkeypatch.setitem(dipo.models.CHECKPOINT_KEY_NAMES, kinds[family], "model.diffusion_model.out.0.weight")
     assert torch.equal(ours(path, 10), ours(folders[kind], 10))
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+def test_the_target_of_a_model_that_predicts_v_is_v(folders, train_on, monkeypatch):
+    """sqrt(alpha_bar) e - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022), in float64 from what the noise is added to."""
+    td, seen, loss = script("train_dipo"), {}, script("train_dipo").dpo_loss
+
+    class Spy(td.DDPMScheduler):
+        def add_noise(self, latents, noise, t):
+            seen["parts"] = [x.double() for x in (latents, noise, self.alphas_cumprod[t].view(-1, 1, 1, 1))]
+            return super().add_noise(latents, noise, t)
+
+    def watched(model_pred, reference_pred, target, beta_dpo):
+        seen.setdefault("targets", []).append((seen["parts"], target))
+        return loss(model_pred, reference_pred, target, beta_dpo)
+
+    monkeypatch.setattr(td, "DDPMScheduler", Spy)
+    monkeypatch.setattr(td, "dpo_loss", watched)
+    for kind in ("SDXL, v, zero SNR", "SD 2.1", "SD 1.5"):
+        seen.pop("targets", None)
+        vae = ("--vae", "") if "XL" in kind else ()
+        code, _, err = train_on(folders[kind], "--max-train-steps", "1", "--output-dir", kind, *vae)
+        assert code == 0, err
+        for (x_0, e, alpha_bar), target in seen["targets"]:
+            v = alpha_bar.sqrt() * e - (1 - alpha_bar).sqrt() * x_0
+            assert (target - (e if kind == "SD 1.5" else v)).abs().max() < 1e-5
+            assert (v - e).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("more", [(), ("--lora-rank", "4"), ("--cache-dir", "cache")], ids=["full", "LoRA", "cache"])
+def test_sd15_is_trained_resumed_and_sampled(folders, train_on, run, tmp_path, more):
+    base = folders["SD 1.5"]
+    code, _, err = train_on(base, "--output-dir", "whole", "--max-train-steps", "4", *more)
+    assert code == 0, err
+    for steps in (2, 4):
+        code, _, err = train_on(base, "--output-dir", "parts", "--max-train-steps", steps, "--resume", *more)
+        assert code == 0, err
+    file = "pytorch_lora_weights.safetensors" if "--lora-rank" in more else "unet/diffusion_pytorch_model.safetensors"
+    whole, parts = (load_file(tmp_path / x / file) for x in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    metrics = (tmp_path / "whole/metrics.csv").read_text().splitlines()
+    assert float(metrics[1].split(",")[1]) == pytest.approx(0.6931, abs=1e-3) and len(metrics) == 5
+    assert (tmp_path / "whole/validation/step-0000004.png").exists()
+    flag = "--dpo-lora" if "--lora-rank" in more else "--dpo-unet"
+    flags = ("--base-model", base, "--num-inference-steps", "5", "--limit", "1", "--output-dir", "out")
+    assert run("hasty_sample", *flags, flag, "whole")[0] == 0
+    assert run("hasty_sample", *flags, "--dpo-unet", "", "--output-dir", "base")[0] == 0
+    trained, untrained = ((tmp_path / x / "00000.png").read_bytes() for x in ("out", "base"))
+    assert trained != untrained
+
+
+@pytest.fixture
+def train_on(run, tmp_path):
+    """train_on(base, "--flag", ...) runs train_dipo.py in this process on a base model and 16 small pairs."""
+    import io
+
+    import numpy as np
+    import pandas as pd
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from PIL import Image
+
+    def picture(seed):
+        out = io.BytesIO()
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)).save(out, format="PNG")
+        return out.getvalue()
+
+    rows = [
+        {"jpg_0": picture(i), "jpg_1": picture(100 + i), "caption": PROMPTS[i % 2], "label_0": float(i % 2)}
+        for i in range(16)
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+
+    def call(base, *flags):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        common = ("--base-model", base, "--dataset", tmp_path / "train.parquet", "--optimizer", "adamw", "--device", "cpu")
+        common += ("--no-scale-lr", "--learning-rate", "1e-3", "--effective-batch-size", "4", "--train-batch-size", "2")
+        common += ("--checkpoint-every", "2", "--validate-every", "4", "--save-dtype", "fp32", "--max-mse-ratio", "100")
+        return run("train_dipo", *common, "--shuffle-buffer", "4", "--beta-dpo", "10", "--lr-warmup-steps", "0", *flags)
+
+    return call
+
+
+# ----------------------------------------------------------------------------------------------- pickles, shards, the cache
+
+
+def unet_folder(path, **options):
+    small_pipeline().unet.save_pretrained(path / "unet", **options)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pickle", "shards", "cached shards", "cached pickle"])
+def test_a_unet_in_a_pickle_in_shards_and_in_the_hubs_cache(folders, tmp_path, monkeypatch, kind):
+    """The cache is one that the hub's own client finds without a connection; diffusers asks for a sharded model's list."""
+    pickle = "pickle" in kind
+    folder = tmp_path / "models--owner--tuned/snapshots" / ("0" * 40) if "cached" in kind else tmp_path
+    unet_folder(folder, **({"safe_serialization": False} if pickle else {"max_shard_size": "100KB"}))
+    files = [p.name for p in (folder / "unet").iterdir()]
+    assert ("diffusion_pytorch_model.bin" in files) if pickle else len(files) > 3
+    if "cached" in kind:
+        (folder.parents[1] / "refs").mkdir()
+        (folder.parents[1] / "refs/main").write_text("0" * 40)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    s = fitted(settings(folders["SD 1.5"]))
+    s.dpo_unet = "owner/tuned" if "cached" in kind else str(folder)
+    pipe = script("hasty_sample").load_pipeline(s, torch.device("cpu"), torch.float32)
+    wanted = small_pipeline().unet.state_dict()
+    assert all(torch.equal(v, wanted[k]) for k, v in pipe.unet.state_dict().items())
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil", "w"))
+
+
+def test_a_pickle_that_holds_code_is_not_run(folders, tmp_path, run):
+    unet_folder(tmp_path, safe_serialization=False)
+    torch.save({"conv_in.weight": Evil()}, tmp_path / "unet/diffusion_pytorch_model.bin")
+    flags = ("--base-model", folders["SD 1.5"], "--dpo-unet", tmp_path, "--num-inference-steps", "2")
+    code, _, err = run("hasty_sample", *flags)
+    assert code == 2 and err.splitlines()[-1].startswith(f"error: --dpo-unet {tmp_path}: cannot be loaded")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_what_does_not_fit_is_said_before_a_model_is_loaded(folders, tmp_path, run):
+    base = folders["SD 1.5"]
+    other, refiner, inpainting = tmp_path / "flux", tmp_path / "zero", tmp_path / "inpainting"
+    for folder in (other, refiner, inpainting):
+        shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (other / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    for path, more in ((refiner / "scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}),):
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    config = inpainting / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    cases = [
+        (("--base-model", other), f"--base-model {other}: holds a FluxPipeline; use a base model of SDXL, SD 1.5 or SD 2.1"),
+        (("--base-model", refiner), "predicts the noise where all is noise (rescale_betas_zero_snr)"),
+        (("--base-model", inpainting), "its UNet takes 9 channels, the VAE has 4"),
+        (("--base-model", base, "--dpo-unet", ROOT / "assets/demo/dpo-unet"), "take both from the same model family"),
+        (("--base-model", tmp_path / "x.safetensors"), "no checkpoint of SDXL, SD 1.5 or SD 2 in the original layout"),
+        (("--base-model", tmp_path / "cut.safetensors"), f"--base-model {tmp_path / 'cut.safetensors'}: cannot be loaded ("),
+        (("--base-model", "owner/name/x.safetensors"), "the hub is out of reach"),
+    ]
+    for flags, message in cases:
+        more = () if "--dpo-unet" in flags else ("--dpo-unet", "")
+        code, _, err = run("hasty_sample", "--vae", "", *flags, *more)
+        assert code == 2 and message in err and len(err.splitlines()) == 1, (flags, err)

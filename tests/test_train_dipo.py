@@ -146,7 +146,7 @@ def test_loss_and_gradient_agree_with_a_plain_float64_implementation():
     beta = 2000.0
     expected, arguments = plain_loss(model, reference, noise, beta)
     pred = torch.tensor(model, requires_grad=True)
-    loss, argument, m, r = td.dpo_loss(pred, torch.tensor(reference), torch.tensor(noise), beta)
+    loss, argument, m, r = td.dpo_loss(pred, torch.tensor(reference), torch.tensor(noise).repeat(2, 1, 1, 1), beta)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     np.testing.assert_allclose(argument.detach(), arguments, rtol=1e-9)
     np.testing.assert_allclose(m.detach(), ((model - np.tile(noise, (2, 1, 1, 1))) ** 2).mean((1, 2, 3)), rtol=1e-12)
@@ -162,13 +162,14 @@ def test_loss_and_gradient_agree_with_a_plain_float64_implementation():
 
 def test_loss_is_computed_in_float32_and_lower_when_the_winner_is_predicted_better():
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    reference = torch.cat([noise, noise]) + 0.3
+    target = torch.cat([noise, noise])
+    reference = target + 0.3
     better = torch.cat([noise + 0.29, noise + 0.31])
-    loss, argument, *_ = td.dpo_loss(better.bfloat16(), reference.bfloat16(), noise.bfloat16(), 5000)
+    loss, argument, *_ = td.dpo_loss(better.bfloat16(), reference.bfloat16(), target.bfloat16(), 5000)
     assert loss.dtype == torch.float32 and (argument > 0).all() and loss < math.log(2)
-    worse, argument, *_ = td.dpo_loss(torch.cat([noise + 0.31, noise + 0.29]), reference, noise, 5000)
+    worse, argument, *_ = td.dpo_loss(torch.cat([noise + 0.31, noise + 0.29]), reference, target, 5000)
     assert worse > math.log(2) and (argument < 0).all()
-    assert td.dpo_loss(reference, reference, noise, 5000)[0].item() == pytest.approx(math.log(2))
+    assert td.dpo_loss(reference, reference, target, 5000)[0].item() == pytest.approx(math.log(2))
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
