@@ -30,9 +30,10 @@ from dipo import cli
 from dipo.batches import Batch, Batches
 from dipo.compiled import projected_once
 from dipo.devices import DTYPES, claimed, dtype_for, start
-from dipo.files import fingerprint, finished_images, read_record, writable_folder, write_csv
+from dipo.files import fingerprint, finished_images, lora_names, read_record, writable_folder, write_csv
 from dipo.grids import remove_grids, save_grids
-from dipo.models import decode, encode, image_settings, load_part, merge_lora, quiet_libraries, ready, warn_of_long_prompts
+from dipo.loras import merge_loras
+from dipo.models import decode, encode, image_settings, load_part, quiet_libraries, ready, warn_of_long_prompts
 from dipo.prompts import one_line, read_prompts
 from dipo.settings import SamplingSettings, check_etas, check_sampling, check_steps, completed
 from dipo.timesteps import ddim_timesteps, successive
@@ -42,7 +43,7 @@ from dipo.timesteps import ddim_timesteps, successive
 class Settings(SamplingSettings):
     base_model: str = "stabilityai/stable-diffusion-xl-base-1.0"
     dpo_unet: str = "mhdang/dpo-sdxl-text2image-v1"
-    dpo_lora: str = ""
+    dpo_lora: tuple[str, ...] = ()
     vae: str = "madebyollin/sdxl-vae-fp16-fix"
     parti: str = "nateraw/parti-prompts"
     pickapic: str = "yuvalkirstain/pickapic_v2"
@@ -116,7 +117,7 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Stab
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     if s.dpo_lora:
-        merge_lora(pipe, s.dpo_lora)
+        merge_loras(pipe, s.dpo_lora, s.lora_strict)
     return ready(pipe, s, device)
 
 
@@ -124,7 +125,7 @@ def wanted_images(s: Settings, prompts: list[str], dtype_name: str) -> tuple[dic
     """The settings of every image by its file in the folder, and those that all have in common."""
     common = image_settings(s, dtype_name)
     # In the order in which images have had them since before there was a dpo_lora.
-    common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae, s.dpo_lora)
+    common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae, *lora_names(s.dpo_lora))
     for name in ("num_inference_steps", "eta", "negative_prompt"):
         common[name] = getattr(s, name)
     common["guidance_interval"] = s.guidance_interval and list(s.guidance_interval)

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from huggingface_hub import errors
 
 from dipo.cli import UserError, first_line
-from dipo.files import find_path, fingerprint
+from dipo.files import find_path, fingerprint, lora_names
 
 
 def load_part(cls, flag: str, name: str, subfolder: str, dtype: torch.dtype | None = None, **more):
@@ -42,13 +42,17 @@ def load_part(cls, flag: str, name: str, subfolder: str, dtype: torch.dtype | No
             if not path and isinstance(cause, errors.LocalEntryNotFoundError):
                 # The hub was out of reach; whether the cache has another layout takes no further waiting.
                 options["local_files_only"] = True
+    raise UserError(f"--{flag} {name}: cannot be loaded ({reason(error)}); use download_models.py, or try --demo") from error
+
+
+def reason(e: BaseException) -> str:
+    """Why a model could not be had, in a few words."""
     reasons = {
         errors.LocalEntryNotFoundError: "no folder, not in the hub's cache, and the hub is out of reach",
         errors.GatedRepoError: "gated: accept its terms on the hub and set HF_TOKEN",
         errors.RepositoryNotFoundError: "neither a folder nor a model on the hub that this user may read",
     }
-    reason = next((text for kind, text in reasons.items() if isinstance(root_cause(error), kind)), first_line(error)[:200])
-    raise UserError(f"--{flag} {name}: cannot be loaded ({reason}); use download_models.py, or try --demo") from error
+    return next((text for kind, text in reasons.items() if isinstance(root_cause(e), kind)), first_line(e)[:200])
 
 
 def root_cause(e: BaseException) -> BaseException:
@@ -100,21 +104,6 @@ def ready(pipe: StableDiffusionXLPipeline, s, device: torch.device, less: str = 
     return pipe
 
 
-def merge_lora(pipe: StableDiffusionXLPipeline, name: str) -> None:
-    """Load a LoRA and add it to the UNet's weights, so that sampling costs what it does without; UserError if it does not
-    fit."""
-    path = find_path(name)
-    file = {"weight_name": "pytorch_lora_weights.safetensors"} if path and path.is_dir() else {}
-    try:
-        pipe.load_lora_weights(str(path or name), use_safetensors=True, **file)
-        if not pipe.get_list_adapters().get("unet"):
-            raise ValueError("it holds nothing for the UNet")
-        pipe.fuse_lora(components=["unet"])
-        pipe.unload_lora_weights()
-    except Exception as e:
-        raise UserError(f"--dpo-lora {name}: cannot be loaded into this UNet ({first_line(root_cause(e))[:200]})") from e
-
-
 def load_config(cls, flag: str, name: str, base_model: str, subfolder: str) -> dict:
     """The configuration of one model, from the base model where name is empty; UserError if it is of another class."""
     flag, name = (flag, name) if name else ("base-model", base_model)
@@ -145,8 +134,8 @@ def image_settings(s, dtype_name: str) -> dict:
     height, width = image_size(s)
     common = {"guidance_scale": s.guidance_scale, "negative_prompt": "", "timestep_spacing": s.timestep_spacing}
     common |= {"base_model": s.base_model, "vae": s.vae, "height": height, "width": width, "dtype": dtype_name}
-    weights = fingerprint(s.base_model, s.dpo_unet, s.dpo_lora, s.vae)
-    return common | {"dpo_unet": s.dpo_unet, "dpo_lora": s.dpo_lora, "weights": weights}
+    weights = fingerprint(s.base_model, s.dpo_unet, *lora_names(s.dpo_lora), s.vae)
+    return common | {"dpo_unet": s.dpo_unet, "dpo_lora": " ".join(s.dpo_lora), "weights": weights}
 
 
 def warn_of_long_prompts(pipe: StableDiffusionXLPipeline, prompts: list[str]) -> None:
