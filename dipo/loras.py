@@ -195,5 +195,6 @@ def merge_layer(weight: torch.Tensor, parts: dict[str, torch.Tensor], scale: flo
     if "magnitude" in parts:
         m, v = parts["magnitude"].to(w), w + change
         m = m.reshape(*m.shape[:2], *[1] * (w.ndim - 2))
-        change = m * v / v.norm(dim=[d for d in range(w.ndim) if m.shape[d] == 1], keepdim=True) - w
+        others = [d for d in range(w.ndim) if m.shape[d] == 1]
+        change = m * v / torch.linalg.vector_norm(v, dim=others, keepdim=True) - w
     weight.copy_(w + strength * change)
