@@ -30,7 +30,8 @@ from dipo.compiled import projected_once
 from dipo.figures import plot_wins, save_plot
 from dipo.files import write_csv
 from dipo.judges import HPSv2, PickScore
-from dipo.models import decode, encode, fitted, load_part, merge_lora, pipeline_class, ready
+from dipo.loras import merge_loras
+from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
 from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
 from dipo.study import Row, Study, eta_label, open_study
 from dipo.tables import gap_column, print_table, win_columns
@@ -41,7 +42,7 @@ from dipo.timesteps import successive
 class Settings(StudySettings):
     base_model: str = "stabilityai/stable-diffusion-xl-base-1.0"
     dpo_unet: str = "mhdang/dpo-sdxl-text2image-v1"
-    dpo_lora: str = ""
+    dpo_lora: tuple[str, ...] = ()
     vae: str = "madebyollin/sdxl-vae-fp16-fix"
     pickscore: str = "yuvalkirstain/PickScore_v1"
     pickscore_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -112,7 +113,7 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Diff
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     if s.dpo_lora:
-        merge_lora(pipe, s.dpo_lora)
+        merge_loras(pipe, s.dpo_lora, s.lora_strict)
     return ready(pipe, s, device)
 
 

@@ -30,15 +30,15 @@ from dipo import cli
 from dipo.batches import Batch, Batches
 from dipo.compiled import projected_once
 from dipo.devices import DTYPES, claimed, dtype_for, start
-from dipo.files import fingerprint, finished_images, read_record, writable_folder, write_csv
+from dipo.files import fingerprint, finished_images, lora_names, read_record, writable_folder, write_csv
 from dipo.grids import remove_grids, save_grids
+from dipo.loras import merge_loras
 from dipo.models import (
     decode,
     encode,
     fitted,
     image_settings,
     load_part,
-    merge_lora,
     pipeline_class,
     ready,
     warn_of_long_prompts,
@@ -52,7 +52,7 @@ from dipo.timesteps import ddim_timesteps, noise_level, successive
 class Settings(SamplingSettings):
     base_model: str = "stabilityai/stable-diffusion-xl-base-1.0"
     dpo_unet: str = "mhdang/dpo-sdxl-text2image-v1"
-    dpo_lora: str = ""
+    dpo_lora: tuple[str, ...] = ()
     vae: str = "madebyollin/sdxl-vae-fp16-fix"
     parti: str = "nateraw/parti-prompts"
     pickapic: str = "yuvalkirstain/pickapic_v2"
@@ -130,7 +130,7 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Diff
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     if s.dpo_lora:
-        merge_lora(pipe, s.dpo_lora)
+        merge_loras(pipe, s.dpo_lora, s.lora_strict)
     return ready(pipe, s, device)
 
 
@@ -138,7 +138,7 @@ def wanted_images(s: Settings, prompts: list[str], dtype_name: str) -> tuple[dic
     """The settings of every image by its file in the folder, and those that all have in common."""
     common = image_settings(s, dtype_name)
     # In the order in which images have had them since before there was a dpo_lora.
-    common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae, s.dpo_lora)
+    common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae, *lora_names(s.dpo_lora))
     for name in ("num_inference_steps", "eta", "negative_prompt"):
         common[name] = getattr(s, name)
     common["guidance_interval"] = s.guidance_interval and list(s.guidance_interval)

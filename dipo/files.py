@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,9 @@ from PIL import Image, PngImagePlugin
 from dipo.cli import UserError, first_line
 
 ROOT = Path(__file__).resolve().parents[1]
+# What diffusers and peft call a LoRA; peft's scale stands beside.
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def find_path(name: str) -> Path | None:
@@ -24,6 +28,38 @@ def find_path(name: str) -> Path | None:
     except (OSError, RuntimeError):
         pass
     return None
+
+
+def lora_and_strength(entry: str) -> tuple[str, float]:
+    """What of a LoRA's name comes before ":0.8", and that number; 1.0 where there is none, and for a path that has a colon
+    itself. Raises UserError for a strength that is no finite number."""
+    name, colon, strength = entry.rpartition(":")
+    if not colon or find_path(entry):
+        return entry, 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"--dpo-lora {entry}: {strength!r} is no number; a strength stands behind a colon, as in {name}:0.8")
+    return name, value
+
+
+def lora_names(entries: tuple[str, ...]) -> list[str]:
+    """The LoRAs without their strengths, as a fingerprint takes them, with the file that holds peft's scale."""
+    names = [lora_and_strength(entry)[0] for entry in entries]
+    beside = [str(Path(n).with_name(ADAPTER_CONFIG)) for n in names if Path(n).name == LORA_FILES[1]]
+    return names + beside
+
+
+def lora_file(folder: Path, name: str) -> Path:
+    """The LoRA in a folder: the file that diffusers or peft writes, or the only .safetensors in it; UserError otherwise."""
+    files = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
+    known = [files[name] for name in LORA_FILES if name in files]
+    if not known and len(files) != 1:
+        found = f"several LoRAs ({', '.join(list(files)[:3])}); name one" if files else f"no {' and no '.join(LORA_FILES)}"
+        raise UserError(f"--dpo-lora {name}: holds {found}")
+    return [*known, *files.values()][0]
 
 
 @contextlib.contextmanager
@@ -160,7 +196,7 @@ def fingerprint(*names: str) -> str:
         if path is None:
             digest.update(name.encode())
             continue
-        weights = (f for f in path.rglob("*.*") if f.suffix in (".safetensors", ".pt", ".bin"))
+        weights = (f for f in path.rglob("*.*") if f.suffix in (".safetensors", ".pt", ".bin") or f.name == ADAPTER_CONFIG)
         for file in [path] if path.is_file() else sorted(weights):
             digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
             with open(file, "rb") as f:

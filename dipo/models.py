@@ -20,7 +20,7 @@ from huggingface_hub import errors
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from dipo.cli import UserError, first_line
-from dipo.files import ROOT, find_path, fingerprint
+from dipo.files import ROOT, find_path, fingerprint, lora_names
 
 # The pipelines that are sampled and trained, with what is left out of them: SDXL; SD 1.5, 2.0 and 2.1.
 PIPELINES = {"StableDiffusionXLPipeline": {"add_watermarker": False}}
@@ -46,14 +46,7 @@ def load_part(cls, flag: str, name: str, subfolder: str, dtype: torch.dtype | No
             return load_file(cls, path, subfolder, dtype, config_of, **more)
         return load_folder(cls, path, name, subfolder, dtype, **more)
     except Exception as e:
-        reasons = {
-            errors.LocalEntryNotFoundError: "no folder, not in the hub's cache, and the hub is out of reach",
-            errors.GatedRepoError: "gated: accept its terms on the hub and set HF_TOKEN",
-            errors.RepositoryNotFoundError: "neither a folder nor a model on the hub that this user may read",
-        }
-        cause = root_cause(e)
-        reason = next((text for kind, text in reasons.items() if isinstance(cause, kind)), first_line(e)[:200])
-        raise UserError(f"--{flag} {name}: cannot be loaded ({reason}); use download_models.py, or try --demo") from e
+        raise UserError(f"--{flag} {name}: cannot be loaded ({reason(e)}); use download_models.py, or try --demo") from e
 
 
 def local_path(name: str) -> Path | None:
@@ -166,6 +159,16 @@ def fitted(s):
     return s
 
 
+def reason(e: BaseException) -> str:
+    """Why a model could not be had, in a few words."""
+    reasons = {
+        errors.LocalEntryNotFoundError: "no folder, not in the hub's cache, and the hub is out of reach",
+        errors.GatedRepoError: "gated: accept its terms on the hub and set HF_TOKEN",
+        errors.RepositoryNotFoundError: "neither a folder nor a model on the hub that this user may read",
+    }
+    return next((text for kind, text in reasons.items() if isinstance(root_cause(e), kind)), first_line(e)[:200])
+
+
 def root_cause(e: BaseException) -> BaseException:
     """The first of the hub's own errors among those that led to an exception; the exception itself if there is none."""
     links = [e]
@@ -205,21 +208,6 @@ def ready(pipe: DiffusionPipeline, s, device: torch.device, less: str = "--dtype
         pipe.vae.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def merge_lora(pipe: DiffusionPipeline, name: str) -> None:
-    """Load a LoRA and add it to the UNet's weights, so that sampling costs what it does without; UserError if it does not
-    fit."""
-    path = find_path(name)
-    file = {"weight_name": "pytorch_lora_weights.safetensors"} if path and path.is_dir() else {}
-    try:
-        pipe.load_lora_weights(str(path or name), use_safetensors=True, **file)
-        if not pipe.get_list_adapters().get("unet"):
-            raise ValueError("it holds nothing for the UNet")
-        pipe.fuse_lora(components=["unet"])
-        pipe.unload_lora_weights()
-    except Exception as e:
-        raise UserError(f"--dpo-lora {name}: cannot be loaded into this UNet ({first_line(root_cause(e))[:200]})") from e
 
 
 def load_config(cls, flag: str, name: str, base_model: str, subfolder: str) -> dict:
@@ -262,8 +250,8 @@ def image_settings(s, dtype_name: str) -> dict:
     height, width = image_size(s)
     common = {"guidance_scale": s.guidance_scale, "negative_prompt": "", "timestep_spacing": s.timestep_spacing}
     common |= {"base_model": s.base_model, "vae": s.vae, "height": height, "width": width, "dtype": dtype_name}
-    weights = fingerprint(s.base_model, s.dpo_unet, s.dpo_lora, s.vae)
-    return common | {"dpo_unet": s.dpo_unet, "dpo_lora": s.dpo_lora, "weights": weights}
+    weights = fingerprint(s.base_model, s.dpo_unet, *lora_names(s.dpo_lora), s.vae)
+    return common | {"dpo_unet": s.dpo_unet, "dpo_lora": " ".join(s.dpo_lora), "weights": weights}
 
 
 def warn_of_long_prompts(pipe: DiffusionPipeline, prompts: list[str]) -> None:

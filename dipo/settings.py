@@ -3,11 +3,12 @@
 import math
 import re
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 from dipo.cli import UserError
 from dipo.devices import check_device
-from dipo.files import find_path
+from dipo.files import find_path, lora_and_strength, lora_file
 from dipo.grids import caption_font
 
 # What --demo sets, as far as a script has it and the command line left the default.
@@ -23,7 +24,7 @@ DEMO_PATHS = {
 }
 
 # owner/name, or a file in that repository
-HUB_NAME = r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(/.+\.safetensors)?"
+HUB_NAME = r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.txt)(/.+\.safetensors)?"
 
 
 @dataclass(kw_only=True)
@@ -34,8 +35,9 @@ class ModelPaths:
     """SDXL pipeline, or one of SD 1.5 or 2.1: a folder, a .safetensors file or a hub name"""
     dpo_unet: str
     """DPO-trained UNet: a folder or a hub name, with or without a subfolder unet, or a file; empty: the base model's own"""
-    dpo_lora: str
-    """DPO-trained LoRA instead, on the base model's own UNet unless --dpo-unet is given too: a folder, a file, a hub name"""
+    dpo_lora: tuple[str, ...]
+    """DPO-trained LoRA instead, on the base model's own UNet unless --dpo-unet is given too: a folder, a .safetensors file,
+    a hub name, or owner/name/file.safetensors; :0.8 behind it is its strength; several are merged one after the other"""
     vae: str
     """VAE that stays finite in fp16: a folder, a file or a hub name; empty (and for SD 1.5 and 2.1): the base model's own"""
     parti: str
@@ -88,6 +90,8 @@ class SamplingSettings(ModelPaths):
 
     batch_size: int = 4
     """images sampled together; halved when the GPU's memory runs out"""
+    lora_strict: bool = True
+    """refuse a LoRA of which not everything fits the model, instead of merging what does"""
     compile: bool = False
     """torch.compile of the UNet for full batches"""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -116,7 +120,7 @@ def completed(s, demo: dict):
     """The settings with what follows from others: a LoRA alone goes on the base model's own UNet; --demo sets DEMO_PATHS
     and the script's own demo wherever the default was left."""
     default = {f.name: f.default for f in fields(s)}
-    if getattr(s, "dpo_lora", "") and s.dpo_unet == default["dpo_unet"]:
+    if getattr(s, "dpo_lora", ()) and s.dpo_unet == default["dpo_unet"]:
         s = replace(s, dpo_unet="")
     if not s.demo:
         return s
@@ -140,9 +144,8 @@ def check_sampling(s: SamplingSettings) -> None:
     check_model_path("base-model", s.base_model, "model_index.json")
     check_model_path("dpo-unet", s.dpo_unet, "config.json")
     check_model_path("vae", s.vae, "config.json")
-    lora = find_path(s.dpo_lora)
-    if not (lora and lora.is_file() and lora.suffix == ".safetensors"):
-        check_model_path("dpo-lora", s.dpo_lora, "pytorch_lora_weights.safetensors")
+    for lora in s.dpo_lora:
+        check_lora(lora)
 
 
 def check_at_least(s, **least: int) -> None:
@@ -183,3 +186,19 @@ def check_model_path(flag: str, name: str, index_file: str) -> None:
             )
     elif not path and (name or flag == "base-model") and not re.fullmatch(HUB_NAME, name):
         raise UserError(f"--{flag} {name!r}: no such folder; give a folder, run download_models.py, or try --demo")
+
+
+def check_lora(entry: str) -> None:
+    """Raise UserError unless entry is a .safetensors file, a folder with one LoRA, or could be owner/name or
+    owner/name/file.safetensors on the hub, with or without :strength behind it."""
+    name, _ = lora_and_strength(entry)
+    path = find_path(name)
+    suffix = Path(name).suffix.lower()
+    if suffix in (".bin", ".ckpt", ".pt", ".pth"):
+        raise UserError(f"--dpo-lora {name}: pickled weights may run code when they are read; give a .safetensors file")
+    if path and path.is_dir():
+        lora_file(path, name)
+    elif path and suffix != ".safetensors":
+        raise UserError(f"--dpo-lora {name}: not a .safetensors file")
+    elif not path and not re.fullmatch(HUB_NAME, name):
+        raise UserError(f"--dpo-lora {name!r}: no such file; give a folder, a .safetensors file or a hub name owner/name")

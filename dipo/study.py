@@ -170,7 +170,7 @@ class Study:
         if paths.empty:
             return []
         captions = first.drop_duplicates("name").set_index("name").loc[paths.index, "prompt"]
-        model = "demo model (not SDXL)" if s.demo else s.dpo_lora or s.dpo_unet or s.base_model
+        model = "demo model (not SDXL)" if s.demo else " ".join(s.dpo_lora) or s.dpo_unet or s.base_model
         title += f"{model}, guidance {s.guidance_scale:g}, seeds from {s.seed}, same prompt and initial noise in each column"
         return save_grids(self.folder, stem, {r.label: list(paths[r.variant]) for r in rows}, list(captions), title, s.font)
 

@@ -99,7 +99,7 @@ def test_a_last_timestep_of_noise_alone_is_where_sampling_starts(folders):
 def test_the_demo_as_a_single_file_gives_the_latents_of_its_folder(tmp_path):
     """The configuration lies beside the file."""
     shutil.copytree(DEMO, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
-    pipe = load(dpo_lora="" if isinstance(demo_settings().dpo_lora, str) else ())
+    pipe = load()
     base = StableDiffusionXLPipeline.from_pretrained(DEMO, torch_dtype=torch.float32, add_watermarker=False)
     save_original(base, tmp_path / "m/demo.safetensors")
     assert torch.equal(ours(tmp_path / "m/demo.safetensors"), ours(DEMO))

@@ -15,7 +15,7 @@ LEVELS = (
     ("files", "devices"),
     ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums"),
     ("models", "settings", "hub"),
-    ("compiled", "judges", "training", "pickapic"),
+    ("compiled", "judges", "loras", "training", "pickapic"),
     ("batches", "scores", "tables", "cache", "results"),
     ("study",),
 )
@@ -75,7 +75,7 @@ def test_every_sampling_script_has_its_loop_its_scheduler_and_its_paths(name):
     settings = next(n for n in tree(path).body if isinstance(n, ast.ClassDef))
     first = [n.target.id for n in settings.body if isinstance(n, ast.AnnAssign)][:4]
     assert first == ["base_model", "dpo_unet", "dpo_lora", "vae"]
-    assert all(isinstance(getattr(module.Settings, x), str) for x in first)
+    assert all(isinstance(getattr(module.Settings, x), str | tuple) for x in first)
 
 
 def test_paths_that_scripts_share_are_the_same_everywhere():

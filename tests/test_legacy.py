@@ -89,8 +89,11 @@ def test_fingerprints_are_those_of_before(tmp_path):
 def test_a_lora_and_a_vae_count_in_the_order_of_before():
     """hasty_sample.py and the studies have always hashed them in orders of their own."""
     names = {"base_model": DEMO_PATHS["base_model"], "dpo_unet": DEMO_PATHS["dpo_unet"]}
-    names |= {"vae": "assets/demo/sdxl/vae", "dpo_lora": "tests/legacy/train/checkpoints/step-0000002/lora.safetensors"}
-    base, unet, vae, lora = names.values()
-    wanted, _ = hasty_sample.wanted_images(hasty_sample.Settings(**names), ["a"], "fp32")
+    names |= {"vae": "assets/demo/sdxl/vae"}
+    base, unet, vae = names.values()
+    lora = "tests/legacy/train/checkpoints/step-0000002/lora.safetensors"
+    s = hasty_sample.Settings(**names, dpo_lora=(lora,))
+    wanted, _ = hasty_sample.wanted_images(s, ["a"], "fp32")
     assert wanted["00000.png"]["weights"] == fingerprint(base, unet, vae, lora) != fingerprint(base, unet, lora, vae)
-    assert image_settings(hasty_sample.Settings(**names), "fp32")["weights"] == fingerprint(base, unet, lora, vae)
+    assert image_settings(s, "fp32")["weights"] == fingerprint(base, unet, lora, vae)
+    assert wanted["00000.png"]["dpo_lora"] == image_settings(s, "fp32")["dpo_lora"] == lora

@@ -643,11 +643,11 @@ def test_a_lora_loads_in_diffusers_and_in_hasty_sample(train, run, tmp_path, tin
     assert (trained - base).abs().max() > 1e-2
     if flags:  # the demo's UNet is of another size
         code, _, err = run("hasty_sample", "--base-model", tiny, "--vae", "", "--dpo-lora", "lora", "--limit", 1, *flags)
-        assert code == 2 and "--dpo-lora lora: cannot be loaded" in err
+        assert code == 2 and "--dpo-lora lora: nothing of it fits the UNet; " in err
         return
     import hasty_sample as hs
 
-    settings = hs.Settings(base_model=str(tiny), vae="", dpo_unet="", dpo_lora=str(tmp_path / "lora"))
+    settings = hs.Settings(base_model=str(tiny), vae="", dpo_unet="", dpo_lora=(str(tmp_path / "lora"),))
     merged = hs.load_pipeline(settings, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(predictions(merged.unet), trained, atol=2e-4, rtol=1e-4)
     few = ("--base-model", tiny, "--vae", "", "--limit", 1, "--num-inference-steps", 2, "--device", "cpu")
