@@ -202,8 +202,8 @@ class Pairs:
         return Block(pairs, n, at, ties)
 
     def item(self, block: Block, place: int) -> dict:
-        """A pair with its random part. Where it cannot be read, which unreadable counts, the one before it in the block takes
-        its place, so that the others keep theirs."""
+        """A pair with its random part. Where it cannot be read, which unreadable counts, the one before it in the block
+        takes its place, so that the others keep theirs."""
         key = (self.seed, block.start["epoch"], block.lane, 0, block.start["first"] + place)
         for k in range(len(block.pairs)):
             if (item := self.read(block.pairs[place - k])) is not None:
