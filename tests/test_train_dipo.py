@@ -547,7 +547,7 @@ def test_one_then_two_then_one_process_make_the_curve_of_one(train, tmp_path, ti
 def test_sigterm_within_an_accumulation_leaves_a_checkpoint_and_nothing_is_lost(train, tmp_path, monkeypatch):
     flags = ("--max-train-steps", 5, "--checkpoint-every", 100)
     assert train("--output-dir", "whole", *flags)[0] == 0
-    encode, calls = training.prepare_batch, []
+    encode, calls, threads = training.prepare_batch, [], threading.active_count()
 
     def interrupted(*arguments):
         calls.append(1)
@@ -556,8 +556,8 @@ def test_sigterm_within_an_accumulation_leaves_a_checkpoint_and_nothing_is_lost(
         return encode(*arguments)
 
     monkeypatch.setattr(training, "prepare_batch", interrupted)
-    code, _, err = train("--output-dir", "stopped", *flags)
-    assert code == 143 and "--resume goes on" in err
+    code, _, err = train("--output-dir", "stopped", *flags, "--num-workers", 2)
+    assert code == 143 and threading.active_count() == threads and "--resume goes on" in err
     assert [p.name for p in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-0000003"]
     code, _, err = train("--output-dir", "stopped", *flags)
     assert code == 2 and "--resume goes on from it" in err
@@ -663,7 +663,11 @@ def test_a_cache_gives_what_streaming_gives(train, tmp_path, readable_file):
     columns = ["loss", "model_mse", "reference_mse"]
     np.testing.assert_allclose(streamed[columns], cached[columns], atol=1e-4)
     assert (streamed.loss - math.log(2)).abs().iloc[1:].min() > 1e-3
-    readable_file.rename(tmp_path / "away.parquet")  # a finished cache needs the data set no more
+    # An older version's names. A finished cache needs the data set no more.
+    (tmp_path / "cache/000000.parquet").rename(tmp_path / "cache/0000-000000.parquet")
+    note = json.loads((tmp_path / "cache/cache.json").read_text())
+    (tmp_path / "cache/cache.json").write_text(json.dumps(note | {"processes": 2}))
+    readable_file.rename(tmp_path / "away.parquet")
     try:
         code, _, err = train("--output-dir", "again", *flags, "--cache-dir", "cache")
     finally:
@@ -671,33 +675,45 @@ def test_a_cache_gives_what_streaming_gives(train, tmp_path, readable_file):
     assert code == 0 and same(weights(tmp_path / "cached"), weights(tmp_path / "again")), err
 
 
-def test_a_cache_is_finished_after_a_stop_and_refused_for_other_settings(train, tmp_path, monkeypatch):
-    assert train("--output-dir", "whole", "--max-train-steps", 1, "--cache-dir", "cache")[0] == 0
-    note = json.loads((tmp_path / "cache/cache.json").read_text())
-    assert note["complete"] and note["counts"] == {"pairs": 34, "ties": 5, "unreadable": 1}
+def test_a_cache_is_finished_by_any_number_of_processes_and_refused_for_other_settings(train, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CACHE_SHARD", 8)
-    encode, calls = cache.encode_pictures, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return encode(*arguments)
-
-    monkeypatch.setattr(cache, "encode_pictures", interrupted)
-    flags = ("--output-dir", "again", "--max-train-steps", 1, "--cache-dir", "cache2")
-    assert train(*flags)[0] == 130
-    shards = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache2").glob("*.parquet")}
-    assert len(shards) == 2
+    flags = ("--output-dir", "out", "--max-train-steps", 1, "--cache-dir", "cache")
     assert train(*flags)[0] == 0
-    assert all((tmp_path / "cache2" / name).stat().st_mtime_ns == t for name, t in shards.items())
-    assert json.loads((tmp_path / "cache2/cache.json").read_text())["counts"] == note["counts"]
-    whole, parts = (
-        pd.concat(pd.read_parquet(p) for p in sorted((tmp_path / name).glob("*.parquet"))) for name in ("cache", "cache2")
-    )
-    assert whole.prompt_embeds.tolist() == parts.prompt_embeds.tolist() and whole.moments.tolist() == parts.moments.tolist()
+    note, folder = json.loads((tmp_path / "cache/cache.json").read_text()), tmp_path / "cache"
+    assert note["complete"] and note["counts"] == {"pairs": 34, "ties": 5, "unreadable": 1}
+    whole = {p.name: p.read_bytes() for p in sorted(folder.glob("*.parquet"))}
+    assert list(whole) == [f"{k:06d}.parquet" for k in range(5)]
+    encode_all, write_shard, killed = cache.encode_all, cache.write_shard, []
+
+    def by(ranks, world, s, rows, pipe, accelerator, resolution):
+        for rank in ranks:
+            encode_all(s, rows, pipe, SimpleNamespace(process_index=rank, num_processes=world), resolution)
+
+    def stopped(path, *rest):
+        if path.name == "000002.parquet" and not killed:
+            killed.append(path)
+            raise KeyboardInterrupt
+        write_shard(path, *rest)
+
+    monkeypatch.setattr(cache, "write_shard", stopped)
+    for ranks, n, lost in (((1, 0), 2, range(5)), ((0,), 1, ()), ((2, 0, 1), 3, (1, 4))):
+        begun = json.dumps({k: v for k, v in note.items() if k not in ("complete", "shapes", "counts")})
+        (folder / "cache.json").write_text(begun)
+        for k in lost:
+            (folder / f"{k:06d}.parquet").unlink()
+        monkeypatch.setattr(cache, "encode_all", functools.partial(by, ranks, n))
+        before = {p: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
+        assert train(*flags, "--output-dir", f"{n}")[0] == (130 if n == 2 else 0)
+        assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+        there = {p.name: p.read_bytes() for p in sorted(folder.glob("*.parquet"))}
+        assert list(there) == [name for k, name in enumerate(whole) if n != 2 or k in (0, 1, 3)]
+        assert there.items() <= whole.items()
+    assert json.loads((folder / "cache.json").read_text()) == note
     code, _, err = train(*flags, "--output-dir", "other", "--max-train-pairs", 9)
     assert code == 2 and "made with max_train_pairs None, not 9" in err
+    (folder / "cache.json").write_text(begun.replace("{", '{"processes": 1, ', 1))
+    code, _, err = train(*flags, "--output-dir", "other")
+    assert code == 2 and "an older version did not finish it" in err
 
 
 def test_first_pairs_only(train, tmp_path, readable_file):
