@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
-import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -104,8 +104,8 @@ def encode_all(s, rows, pipe: StableDiffusionXLPipeline, accelerator: Accelerato
     """Write the shards of CACHE_SHARD pairs in the data's order that are not there yet, number k on process k % world, so
     that any number of processes goes on. Pairs that cannot be read are left out."""
     folder, rank = Path(s.cache_dir).expanduser(), accelerator.process_index
-    # With a limit there is one lane.
-    pairs = Pairs(rows, pairs_of, None, None, s.seed, shuffle_buffer=1, limit=s.max_train_pairs or math.inf)
+    limit = s.max_train_pairs or sys.maxsize  # with one the data are one lane
+    pairs = Pairs(rows, pairs_of, None, None, s.seed, shuffle_buffer=1, limit=limit)
     read = functools.partial(read_pair, resolution=resolution)
     paths = (folder / f"{k:06d}.parquet" for k in itertools.count())
     if whole := list(itertools.takewhile(Path.exists, paths)):
@@ -123,8 +123,8 @@ def encode_all(s, rows, pipe: StableDiffusionXLPipeline, accelerator: Accelerato
                     if items := [x for x in items if x is not None]:
                         encoded, shapes = encode_batch(pipe, default_collate(items))
                         rows += encoded
-                ties = sum(block.ties for block, place in visits if place == 0)
-                counts = {"pairs": len(rows), "ties": ties, "unreadable": len(visits) - len(rows)}
+                counts = {"pairs": len(rows), "unreadable": len(visits) - len(rows)}
+                counts["ties"] = sum(block.ties for block, place in visits if place == 0)
                 write_shard(path, rows, {"position": position, "counts": counts, "shapes": shapes})
             bar.update(len(visits))
             if len(visits) < CACHE_SHARD:

@@ -4,9 +4,9 @@ import collections
 import io
 import math
 import re
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -103,13 +103,8 @@ def random_draws(key: tuple[int, ...], latent_shape: tuple[int, ...], train_time
     }
 
 
-class Block(NamedTuple):
-    """Pairs of a lane that are shuffled among each other, where they begin, and the ties between them."""
-
-    pairs: list
-    lane: int
-    start: dict
-    ties: int
+# Pairs of a lane that are shuffled among each other, where they begin, and the ties between them.
+Block = collections.namedtuple("Block", ("pairs", "lane", "start", "ties"))
 
 
 class Pairs:
@@ -184,22 +179,19 @@ class Pairs:
                 at = at | {"block": at["block"] + 1, "first": first, "before": before, "rows": rows.state_dict()}
                 place = ties = 0
             if not at["first"]:
-                count = self.position["count"]
-                raise UserError(f"--dataset: no pair with a winner in file {n + 1} of each {count}; leave these files out")
+                each = f"file {n + 1} of each {self.position['count']}"
+                raise UserError(f"--dataset: no pair with a winner in {each}; leave these files out")
             at, ties = at | {"epoch": at["epoch"] + 1, "block": 0, "first": 0, "rows": None}, block.ties
 
     def read_block(self, stream, n: int, at: dict, ties: int) -> Block:
         """The pairs of the next rows, none at the end of an epoch, and the ties between them besides those before."""
-        left = math.inf if self.limit is None else self.limit - at["first"]
-        pairs = []
+        pairs, left = [], (self.limit or sys.maxsize) - at["first"]
         while len(pairs) < min(self.position["size"], left) and (row := next(stream, None)) is not None:
             more, tied = self.pairs_of(row)
             pairs, ties = pairs + more, ties + tied
-        pairs = pairs[: min(left, len(pairs))]
-        if self.shuffle_buffer > 1:
-            order = np.random.default_rng([self.seed, at["epoch"], 0, at["block"]]).permutation(len(pairs))
-            pairs = [pairs[k] for k in order]
-        return Block(pairs, n, at, ties)
+        pairs = pairs[:left]
+        order = np.random.default_rng([self.seed, at["epoch"], 0, at["block"]]).permutation(len(pairs))
+        return Block([pairs[k] for k in order] if self.shuffle_buffer > 1 else pairs, n, at, ties)
 
     def item(self, block: Block, place: int) -> dict:
         """A pair with its random part. Where it cannot be read, which unreadable counts, the one before it in the block
