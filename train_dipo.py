@@ -25,6 +25,7 @@ The output folder gets unet/ (or pytorch_lora_weights.safetensors), settings.yam
 loss.png, validation/ (base above trained, same seeds), TensorBoard's events under tensorboard/, and checkpoints/.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -105,9 +106,9 @@ class Settings:
     gradient_checkpointing: bool = True
     """compute activations twice to save memory"""
     shuffle_buffer: int = 1000
-    """pairs that are shuffled among each other, in memory once per data worker"""
+    """pairs that are shuffled among each other, in memory"""
     num_workers: int | None = None
-    """processes that read and decode pictures for each device; default: 4 on GPUs, else none"""
+    """threads that read and decode pictures for each device; default: 4 on GPUs, else none"""
     seed: int = 0
     """every random choice follows from it"""
     device: Literal["auto", "cpu"] = "auto"
@@ -266,18 +267,18 @@ def wrap(s: Settings, pipe: DiffusionPipeline, accelerator: Accelerator):
     return model, optimizer, reference
 
 
-def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimizer, loader, progress, prompts, out) -> int:
+def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimizer, pairs, progress, prompts, out) -> int:
     """The optimizer steps up to max_train_steps. Returns the signal that ended them early, 0 if none did."""
     device, deepspeed = accelerator.device, accelerator.distributed_type == "DEEPSPEED"
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     predicts_v = pipe.scheduler.config.prediction_type == "v_prediction"
     unconditional = training.encode_unconditional(pipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    batches, before = iter(loader), training.probe(parameters)
-    loader_state, size = loader.state_dict(), s.effective_batch_size
+    loader, before = make_loader(pairs, s.train_batch_size, s.num_workers, device), training.probe(parameters)
+    position, size = pairs.position, s.effective_batch_size
     total, done = s.max_train_steps * size, progress["step"] * size
     bar = tqdm(total=total, initial=done, unit="pair", desc="training", disable=not accelerator.is_main_process)
-    with bar, checkpoints.Signals() as signals:
+    with bar, contextlib.closing(loader), checkpoints.Signals() as signals:
         while progress["step"] < s.max_train_steps:
             lr = s.full_learning_rate * min(1.0, (progress["step"] + 1) / max(1, s.lr_warmup_steps))
             for group in optimizer.param_groups:
@@ -286,9 +287,9 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
             for i in range(accelerator.gradient_accumulation_steps):
                 if number := signals.anywhere(accelerator):
                     # What this step has added up is let go; the checkpoint is of its beginning.
-                    keep(s, accelerator, out, progress, loader_state)
+                    keep(s, accelerator, out, progress, position)
                     return number
-                batch = next(batches)
+                batch, behind = next(loader)
                 latents, text = training.prepare_batch(pipe, batch, unconditional)
                 noise, t = (batch[k].to(device, non_blocking=True) for k in ("noise", "timestep"))
                 noise, t = torch.cat([noise, noise]), torch.cat([t, t])
@@ -315,14 +316,14 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                     optimizer.zero_grad()
                 accuracy = (argument > 0).float() + (argument == 0).float() / 2
                 sums += torch.stack([loss, accuracy.mean(), m.mean(), r.mean()]).detach()
-                left_out += torch.stack([batch["ties"].sum(), batch["unreadable"].sum()])
+                left_out += torch.stack([batch["ties"], batch["unreadable"].sum()])
 
             sums /= accelerator.gradient_accumulation_steps * accelerator.num_processes
             loss, accuracy, m, r, *counts = accelerator.reduce(torch.cat([sums, left_out.to(device)]), "sum").tolist()
             skipped = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
             skipped |= not math.isfinite(norm) and not deepspeed
             step = checkpoints.count_step(progress, size, skipped, *counts)
-            loader_state = loader.state_dict()
+            position = behind
             row = {"loss": loss, "implicit_accuracy": accuracy, "model_mse": m, "reference_mse": r}
             row |= {"learning_rate": lr, "grad_norm": norm, "pairs_per_second": size / (time.perf_counter() - began)}
             row |= {k: progress[k] for k in ("skipped", "ties", "unreadable")}
@@ -342,15 +343,15 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
             if s.validate_every and not drifted and (last or step % s.validate_every == 0):
                 validate(s, pipe, model, prompts, accelerator, out, step)
             if last or drifted or step % s.checkpoint_every == 0:
-                keep(s, accelerator, out, progress, loader_state)
+                keep(s, accelerator, out, progress, position)
             if drifted:
                 raise drifted
     return 0
 
 
-def keep(s: Settings, accelerator: Accelerator, out: Path, progress: dict, loader_state: dict) -> None:
+def keep(s: Settings, accelerator: Accelerator, out: Path, progress: dict, position: dict) -> None:
     """A checkpoint, and loss.png up to it."""
-    checkpoints.save_checkpoint(accelerator, out, progress, loader_state, s.keep_checkpoints)
+    checkpoints.save_checkpoint(accelerator, out, progress, position, s.keep_checkpoints)
     if accelerator.is_main_process:
         plot_metrics(out)
 
@@ -391,10 +392,9 @@ def main(s: Settings) -> None:
 
         pipe = load_models(s, accelerator.device, s.dtype)
         pairs, left_out = open_pairs(s, rows, pipe, accelerator)
-        loader = make_loader(pairs, s.train_batch_size, s.num_workers, accelerator.device)
         model, optimizer, reference = wrap(s, pipe, accelerator)
         if checkpoint:
-            checkpoints.load_checkpoint(accelerator, checkpoint, loader)
+            pairs.load(checkpoints.load_checkpoint(accelerator, checkpoint))
         same_prompts = checkpoint and progress["settings"]["validation_prompts"] == s.validation_prompts
         progress |= left_out | {"settings": asdict(s)}
         if accelerator.is_main_process:
@@ -408,7 +408,7 @@ def main(s: Settings) -> None:
             accelerator.print(
                 f"step {progress['step']} is at or beyond --max-train-steps {s.max_train_steps}: nothing to train, saving it"
             )
-        stopped = train(s, accelerator, pipe, model, reference, optimizer, loader, progress, prompts, out)
+        stopped = train(s, accelerator, pipe, model, reference, optimizer, pairs, progress, prompts, out)
         if not stopped:
             release(s, accelerator, pipe, model, progress, out)
     accelerator.end_training()

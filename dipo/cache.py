@@ -2,7 +2,10 @@
 
 import contextlib
 import functools
+import itertools
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet
@@ -10,12 +13,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from dipo.cli import UserError
 from dipo.devices import claimed
 from dipo.files import writable_folder, write_text, written_whole
-from dipo.pairs import Pairs, make_loader, random_draws, read_pair, stream
+from dipo.pairs import Pairs, pairs_of, random_draws, read_pair, stream
 from dipo.training import CACHED, encode_captions, encode_pictures, picture_size
 
 CACHE_SHARD = 256
@@ -43,12 +47,12 @@ def open_pairs(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator) -> tu
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     if not s.cache_dir:
         read = functools.partial(read_pair, resolution=resolution)
-        return Pairs(rows, read, draws, s.seed, s.shuffle_buffer, limit=s.max_train_pairs, **place), {}
+        return Pairs(rows, pairs_of, read, draws, s.seed, s.shuffle_buffer, limit=s.max_train_pairs, **place), {}
     note = filled(s, rows, pipe, accelerator, resolution)
     rows = stream(sorted(Path(s.cache_dir).expanduser().glob("*.parquet")))
     read = functools.partial(read_cached, shapes=note["shapes"], dtype=pipe.vae.dtype)
     left_out = {k: note["counts"][k] for k in ("ties", "unreadable")}
-    return Pairs(rows, read, draws, s.seed, s.shuffle_buffer, **place), left_out
+    return Pairs(rows, lambda row: ([row], 0), read, draws, s.seed, s.shuffle_buffer, **place), left_out
 
 
 def read_cached(row: dict, shapes: dict[str, list[int]], dtype: torch.dtype) -> dict:
@@ -66,11 +70,13 @@ def filled(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator, resolutio
         note = agreed_note(s, pipe, accelerator, resolution)
         if note.get("complete"):
             return note
-        counts, shapes = encode_all(s, rows, pipe, accelerator, resolution)
-        totals = accelerator.reduce(torch.tensor(list(counts.values()), device=accelerator.device), "sum").tolist()
-        counts = dict(zip(counts, totals, strict=True))
+        encode_all(s, rows, pipe, accelerator, resolution)
+        accelerator.wait_for_everyone()
+        records = [shard_record(path) for path in folder.glob("*.parquet")]
+        counts = {k: sum(x["counts"][k] for x in records) for k in ("pairs", "ties", "unreadable")}
         if not counts["pairs"]:
             raise UserError(f"--dataset {s.dataset}: no usable pair in it ({counts['ties']} ties)")
+        shapes = next(x["shapes"] for x in records if x["shapes"])
         note |= {"complete": True, "shapes": shapes, "counts": counts}
         if accelerator.is_main_process:
             write_text(folder / "cache.json", json.dumps(note))
@@ -82,50 +88,47 @@ def agreed_note(s, pipe: DiffusionPipeline, accelerator: Accelerator, resolution
     """What cache.json says, written first where it is not there; UserError where this run is another."""
     wanted = {k: getattr(s, k) for k in ("dataset", "base_model", "vae", "max_train_pairs")}
     wanted |= {"resolution": resolution, "dtype": str(pipe.vae.dtype)}
-    world = accelerator.num_processes
     if accelerator.is_main_process and not read_note(s.cache_dir):
-        write_text(Path(s.cache_dir).expanduser() / "cache.json", json.dumps(wanted | {"processes": world}))
+        write_text(Path(s.cache_dir).expanduser() / "cache.json", json.dumps(wanted))
     accelerator.wait_for_everyone()
     note = read_note(s.cache_dir)
     for key, value in wanted.items():
         if note.get(key) != value:
             raise UserError(f"--cache-dir {s.cache_dir}: made with {key} {note.get(key)!r}, not {value!r}; give another")
-    if not note.get("complete") and note["processes"] != world:
-        raise UserError(f"--cache-dir {s.cache_dir}: begun by {note['processes']} processes; finish it so, or give another")
+    if "processes" in note and not note.get("complete"):
+        raise UserError(f"--cache-dir {s.cache_dir}: an older version did not finish it; delete it, or give another")
     return note
 
 
-def encode_all(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator, resolution: int) -> tuple[dict, dict]:
-    """Write this process's share in shards of CACHE_SHARD pairs, going on behind the last whole one. Returns how many pairs
-    were encoded and left out, and the shapes of what a pair's row holds."""
+def encode_all(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator, resolution: int) -> None:
+    """Write the shards of CACHE_SHARD pairs in the data's order that are not there yet, number k on process k % world, so
+    that any number of processes goes on. Pairs that cannot be read are left out."""
     folder, rank = Path(s.cache_dir).expanduser(), accelerator.process_index
+    limit = s.max_train_pairs or sys.maxsize  # with one the data are one lane
+    pairs = Pairs(rows, pairs_of, None, None, s.seed, shuffle_buffer=1, limit=limit)
     read = functools.partial(read_pair, resolution=resolution)
-    place = {"rank": rank, "world": accelerator.num_processes, "limit": s.max_train_pairs}
-    pairs = Pairs(rows, read, lambda key: {}, s.seed, shuffle_buffer=1, epochs=1, **place)
-    loader = make_loader(pairs, 8, 0, torch.device("cpu"))
-    shards = sorted(folder.glob(f"{rank:04d}-*.parquet"))
-    counts, shapes, done = {"pairs": 0, "ties": 0, "unreadable": 0}, None, []
-    if shards:
-        saved = json.loads(pyarrow.parquet.read_schema(shards[-1]).metadata[b"dipo"])
-        loader.load_state_dict(saved["loader"])
-        counts, shapes = saved["counts"], saved["shapes"]
-    number = len(shards)
-    hidden = not accelerator.is_main_process
-    bar = tqdm(desc="encoding", unit="pair", initial=counts["pairs"], total=s.max_train_pairs, disable=hidden)
-    for batch in loader:
-        encoded, shapes = encode_batch(pipe, batch)
-        done += encoded
-        counts["pairs"] += len(encoded)
-        counts["ties"] += int(batch["ties"].sum())
-        counts["unreadable"] += int(batch["unreadable"].sum())
-        bar.update(len(encoded))
-        if len(done) >= CACHE_SHARD:
-            write_shard(folder / f"{rank:04d}-{number:06d}.parquet", done, loader.state_dict(), counts, shapes)
-            number, done = number + 1, []
-    if done:
-        write_shard(folder / f"{rank:04d}-{number:06d}.parquet", done, loader.state_dict(), counts, shapes)
-    bar.close()
-    return counts, shapes
+    paths = (folder / f"{k:06d}.parquet" for k in itertools.count())
+    if whole := list(itertools.takewhile(Path.exists, paths)):
+        pairs.load([shard_record(whole[-1])["position"]])
+    bar = tqdm(desc="encoding", unit="pair", initial=CACHE_SHARD * len(whole), total=s.max_train_pairs, disable=rank > 0)
+    with bar, ThreadPoolExecutor() as pool:
+        for k, (visits, _, position) in enumerate(pairs.batches(CACHE_SHARD), len(whole)):
+            # What is left of one epoch: the stream has no end.
+            visits = [(block, place) for block, place in visits if block.start["epoch"] == 0]
+            path = folder / f"{k:06d}.parquet"
+            if visits and k % accelerator.num_processes == rank and not path.exists():
+                rows, shapes = [], None
+                for i in range(0, len(visits), 8):
+                    items = pool.map(read, [block.pairs[place] for block, place in visits[i : i + 8]])
+                    if items := [x for x in items if x is not None]:
+                        encoded, shapes = encode_batch(pipe, default_collate(items))
+                        rows += encoded
+                counts = {"pairs": len(rows), "unreadable": len(visits) - len(rows)}
+                counts["ties"] = sum(block.ties for block, place in visits if place == 0)
+                write_shard(path, rows, {"position": position, "counts": counts, "shapes": shapes})
+            bar.update(len(visits))
+            if len(visits) < CACHE_SHARD:
+                return
 
 
 def encode_batch(pipe: DiffusionPipeline, batch: dict) -> tuple[list[dict], dict[str, list[int]]]:
@@ -137,13 +140,16 @@ def encode_batch(pipe: DiffusionPipeline, batch: dict) -> tuple[list[dict], dict
     columns = dict(zip(CACHED, (moments, *text), strict=False))
     # The bytes of bf16, which numpy does not have.
     as_bytes = {k: [row.contiguous().view(torch.uint8).numpy().tobytes() for row in x] for k, x in columns.items()}
-    rows = [dict(zip(columns, row, strict=True)) | {"label_0": 1.0} for row in zip(*as_bytes.values(), strict=True)]
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*as_bytes.values(), strict=True)]
     return rows, {k: list(x.shape[1:]) for k, x in columns.items()}
 
 
-def write_shard(path: Path, rows: list[dict], loader_state: dict, counts: dict, shapes: dict) -> None:
-    """A shard, and where in the data it ends."""
-    record = json.dumps({"loader": loader_state, "counts": counts, "shapes": shapes})
-    table = pyarrow.Table.from_pylist(rows).replace_schema_metadata({b"dipo": record})
+def write_shard(path: Path, rows: list[dict], record: dict) -> None:
+    """A shard, and with it what it counts and where in the data it ends."""
+    schema = pyarrow.schema({k: pyarrow.binary() for k in CACHED}, {"dipo": json.dumps(record)})
     with written_whole(path) as part:
-        pyarrow.parquet.write_table(table, part)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), part)
+
+
+def shard_record(path: Path) -> dict:
+    return json.loads(pyarrow.parquet.read_schema(path).metadata[b"dipo"])

@@ -26,7 +26,8 @@ STEP = "step-" + "[0-9]" * 7
 # Settings that a resumed run may change; data, model and optimizer have to stay what they were.
 MAY_CHANGE = ("output_dir", "resume", "demo", "max_train_steps", "learning_rate", "scale_lr", "beta_dpo", "weight_decay")
 MAY_CHANGE += ("max_grad_norm", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_prompts", "device")
-MAY_CHANGE += ("max_mse_ratio", "wandb", "save_dtype", "gradient_checkpointing", "lr_warmup_steps")
+MAY_CHANGE += ("max_mse_ratio", "wandb", "save_dtype", "gradient_checkpointing", "lr_warmup_steps", "train_batch_size")
+MAY_CHANGE += ("num_workers",)
 
 
 def checksum(path: Path) -> int:
@@ -48,7 +49,7 @@ def full_disk_told(out: Path):
         raise UserError(f"{out}: the disk is full; checkpoints are whole, make room and go on with --resume") from e
 
 
-def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict, loader_state: dict, keep: int) -> None:
+def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict, position: dict, keep: int) -> None:
     """checkpoints/step-N: weights, optimizer and random state by accelerate, the position in the data of every process,
     progress.json, and a checksum of each file. It gets its name when whole; the oldest beyond keep are removed."""
     folder = out / "checkpoints" / f"step-{progress['step']:07d}"
@@ -62,7 +63,7 @@ def save_checkpoint(accelerator: Accelerator, out: Path, progress: dict, loader_
     with written_whole(folder) if main else contextlib.nullcontext():
         with full_disk_told(out):
             accelerator.save_state(str(part))
-        write_text(part / f"loader-{accelerator.process_index}.json", json.dumps(loader_state))
+        write_text(part / f"loader-{accelerator.process_index}.json", json.dumps(position))
         accelerator.wait_for_everyone()
         if main:
             write_text(part / "progress.json", json.dumps(progress, indent=1))
@@ -99,11 +100,6 @@ def find_progress(s, out: Path, accelerator: Accelerator) -> tuple[str, dict]:
     if not s.resume:
         raise UserError(f"--output-dir {s.output_dir}: holds {checkpoint}; --resume goes on from it, or give another folder")
     progress = json.loads((Path(checkpoint) / "progress.json").read_text())
-    if progress["processes"] != world:
-        raise UserError(
-            f"--resume: the checkpoint is of {progress['processes']} processes and its positions in the data fit no other "
-            f"number, these are {world}; use as many"
-        )
     for key, value in asdict(s).items():
         old = progress["settings"].get(key, value)
         if old == value or key in ("output_dir", "resume") or (key == "cache_dir" and old and value):
@@ -111,7 +107,7 @@ def find_progress(s, out: Path, accelerator: Accelerator) -> tuple[str, dict]:
         if key not in MAY_CHANGE:
             raise UserError(f"--resume: the checkpoint was made with {key} {old!r}, this run has {value!r}; use the same")
         accelerator.print(f"{key} is {value!r} from here on; it was {old!r}")
-    return checkpoint, progress
+    return checkpoint, progress | {"processes": world}
 
 
 def count_step(progress: dict, pairs: int, skipped: bool, ties: float, unreadable: float) -> int:
@@ -123,16 +119,18 @@ def count_step(progress: dict, pairs: int, skipped: bool, ties: float, unreadabl
     return progress["step"]
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: str, loader) -> None:
-    """Weights, optimizer, random state and position in the data; UserError for files that hold something else."""
+def load_checkpoint(accelerator: Accelerator, checkpoint: str) -> list[dict]:
+    """Weights, optimizer and random state; UserError for files that hold something else. Returns the positions in the data
+    of the processes that wrote it, in their order."""
     try:
         accelerator.load_state(checkpoint)
     except Exception as e:
         # Among others what torch.load says of a pickle that holds more than weights.
         raise UserError(f"--resume: {checkpoint} cannot be loaded ({first_line(e)[:200]}); delete it, or start anew") from e
     accelerator.step = 0  # a run that ended within an accumulation starts that one anew
-    loader.load_state_dict(json.loads((Path(checkpoint) / f"loader-{accelerator.process_index}.json").read_text()))
     accelerator.print(f"going on from {checkpoint}")
+    files = sorted(Path(checkpoint).glob("loader-*.json"), key=lambda p: int(p.stem.removeprefix("loader-")))
+    return [json.loads(p.read_text()) for p in files]
 
 
 def lora_hooks(accelerator: Accelerator, unet) -> None:

@@ -1,21 +1,25 @@
 """Preference pairs as a stream that goes on exactly where it was: pictures, captions and what is random about a visit."""
 
-import copy
+import collections
 import io
+import math
 import re
-import signal
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import default_collate
 
 from dipo.cli import UserError, first_line
 from dipo.files import find_path
 
 COLUMNS = ("jpg_0", "jpg_1", "caption", "label_0")
+# Where a block of a lane begins: as many pairs lie before it in this epoch (first) and in all.
+START = {"epoch": 0, "block": 0, "first": 0, "before": 0, "rows": None}
 
 
 def quiet_data() -> None:
@@ -60,9 +64,13 @@ def stream(files: list) -> datasets.IterableDataset:
 
 def check_usable(rows: datasets.IterableDataset, name: str) -> None:
     """UserError unless at least one pair has a winner and two pictures that can be read."""
-    pairs = Pairs(rows, lambda row: read_pair(row, 8), lambda key: {}, seed=0, shuffle_buffer=1, epochs=1)
-    if next(iter(pairs), None) is None:
+    if not any(read_pair(pair, 8) for row in rows for pair in pairs_of(row)[0]):
         raise UserError(f"--dataset {name}: no usable pair in it; all are ties or unreadable")
+
+
+def pairs_of(row: dict) -> tuple[list[dict], int]:
+    """The pairs that a row holds, and how many ties besides."""
+    return ([row], 0) if row["label_0"] in (0, 1) else ([], 1)
 
 
 def read_picture(value: bytes | dict, resolution: int) -> np.ndarray:
@@ -95,99 +103,131 @@ def random_draws(key: tuple[int, ...], latent_shape: tuple[int, ...], train_time
     }
 
 
-class Pairs(torch.utils.data.IterableDataset):
-    """The pairs of one process, without end unless epochs says so, shuffled among blocks of shuffle_buffer usable pairs.
+# Pairs of a lane that are shuffled among each other, where they begin, and the ties between them.
+Block = collections.namedtuple("Block", ("pairs", "lane", "start", "ties"))
 
-    Where the data set has at least as many files as there are processes, each reads its own files. Otherwise all read
-    everything and take turns, so that any number of processes makes the same batches.
 
-    state_dict is a position, as JSON: the data set's own state at the start of a block, and how far into the block. On
-    resuming that one block is read again. (datasets' own shuffle buffer would lose its contents.)
+class Pairs:
+    """The order of the pairs, without end, and what one of several processes reads of it.
 
-    rows: a stream with label_0. read: maps a row to an item, None where it cannot be used. draws: maps a key of whole
-    numbers to the item's random part. limit: use the first so many pairs only. Items carry ties and unreadable: how many of
-    each were left out since the last one.
+    The order follows from data, seed, shuffle_buffer and limit alone. Pair number i comes from lane i % count; a lane has
+    every count-th of the files and streams them epoch after epoch, shuffled block by block. Process r of world reads the
+    pairs with i % world == r, so that a batch of all processes is a run of successive pairs.
+
+    position is JSON: how many pairs lie behind, the count of lanes, the size of a block, and for the lanes that this process
+    needs where their last block began. On resuming that one is read again. (datasets' own shuffle buffer would be lost.)
+
+    rows: a stream. pairs_of: maps a row to its pairs and the number of its ties. read: maps a pair to an item, None where it
+    cannot be read. draws: maps a key of whole numbers to the item's random part. limit: use the first so many pairs only.
     """
 
-    def __init__(self, rows, read, draws, seed, shuffle_buffer, rank=0, world=1, limit=None, epochs=None):
-        self.read, self.draws, self.seed, self.shuffle_buffer = read, draws, seed, shuffle_buffer
-        self.limit, self.epochs = limit, epochs
-        own_files = limit is None and rows.num_shards >= world
-        self.stream, self.turn, self.turns = (rank, 0, 1) if own_files else (0, rank, world)
-        self.rows = rows.shard(world, rank, contiguous=False) if own_files and world > 1 else rows
-        self.num_shards = self.rows.num_shards
-        self.at = {"epoch": 0, "before": 0, "rows": None, "block": 0, "first": 0, "next": 0, "ties": 0, "unreadable": 0}
+    def __init__(self, rows, pairs_of, read, draws, seed, shuffle_buffer, rank=0, world=1, limit=None):
+        self.rows, self.pairs_of, self.read, self.draws = rows, pairs_of, read, draws
+        self.seed, self.shuffle_buffer, self.rank, self.world, self.limit = seed, shuffle_buffer, rank, world, limit
+        files = rows.num_shards if limit is None else 1
+        # Lanes of as many files each, within an eighth: one with half the files would show each of its pairs twice as often.
+        count = max(n for n in (1, 2, 4, 8) if files % n == 0 or files >= 8 * n)
+        self.position = {"pairs": 0, "count": count, "size": max(16, shuffle_buffer // count), "lanes": {}}
 
-    def state_dict(self) -> dict:
-        return copy.deepcopy(self.at)
+    def load(self, positions: list[dict]) -> None:
+        """Go on from what the processes of a run left, in their order, however many they were."""
+        positions = positions if "lanes" in positions[0] else [self.old_position(positions)]
+        self.position = positions[0] | {"lanes": {k: v for x in positions for k, v in x["lanes"].items()}}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.at = copy.deepcopy(state)
+    def old_position(self, states: list[dict]) -> dict:
+        """What older versions left: the state of torchdata's StatefulDataLoader. Processes that had files of their own were
+        lanes, others took turns."""
+        workers = [x["_snapshot"]["_worker_snapshots"] if "_snapshot" in x else {"": x} for x in states]
+        if max(map(len, workers)) > 1:
+            raise UserError("--resume: several data workers of an older version wrote this checkpoint; start anew")
+        old = [next(iter(x.values()))["dataset_state"] for x in workers]
+        if self.limit is not None or self.rows.num_shards < len(old):
+            old = [max(old, key=lambda x: (x["epoch"], x["first"] + x["next"]))]
+        lanes = {str(n): {k: x[k] for k in START} | {"before": -x["next"]} for n, x in enumerate(old)}
+        return {"pairs": 0, "count": len(old), "size": self.shuffle_buffer, "lanes": lanes}
 
-    def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        worker, at = info.id if info else 0, self.at
-        while self.epochs is None or at["epoch"] < self.epochs:
-            used = at["first"] + at["next"] > 0
-            for item in self.epoch(worker):
-                used = True
-                yield item
-            if not used:
-                return
-            at["before"] += at["first"]
-            at |= {"epoch": at["epoch"] + 1, "rows": None, "block": 0, "first": 0, "next": 0}
+    def batches(self, size: int):
+        """What this process has to read for each batch, as arguments of item; the ties passed, each on one process; and the
+        position behind the batch."""
+        at, count = self.position["pairs"], self.position["count"]
+        shared = math.gcd(self.world, count)
+        starts = {n: self.position["lanes"].get(str(n), START) for n in range(self.rank % shared, count, shared)}
+        lanes = {n: self.lane(n, start, len(range(n, at, count)) - start["before"]) for n, start in starts.items()}
+        while True:
+            visits, ties = [], 0
+            for i in range(at, at + size * self.world):
+                if (n := i % count) in lanes:
+                    block, place = next(lanes[n])
+                    starts[n] = block.start
+                    ties += block.ties if place == 0 and self.rank < shared else 0
+                    visits += [(block, place)] if i % self.world == self.rank else []
+            at += size * self.world
+            yield visits, ties, self.position | {"pairs": at, "lanes": {str(n): start for n, start in starts.items()}}
 
-    def epoch(self, worker: int):
-        """What is left of the epoch, block by block."""
-        at = self.at
-        self.rows.set_epoch(at["epoch"])
-        if at["rows"] is not None:
-            self.rows.load_state_dict(at["rows"])
-        rows = iter(self.rows)
-        while block := self.read_block(rows):
-            order = np.random.default_rng([self.seed, at["epoch"], worker, at["block"]]).permutation(len(block))
-            for j in range(at["next"], len(block)):
-                at["next"] = j + 1
-                if (at["before"] + at["first"] + j) % self.turns != self.turn:
-                    continue
-                item = self.read(block[order[j] if self.shuffle_buffer > 1 else j])
-                if item is None:
-                    at["unreadable"] += 1
-                    continue
-                item |= self.draws((self.seed, at["epoch"], self.stream, worker, at["first"] + j))
-                item |= {"ties": at["ties"], "unreadable": at["unreadable"]}
-                at["ties"] = at["unreadable"] = 0
-                yield item
-            first = at["first"] + len(block)
-            at |= {"rows": self.rows.state_dict(), "block": at["block"] + 1, "first": first, "next": 0}
+    def lane(self, n: int, at: dict, place: int):
+        """The pairs of lane n from a place in the block that begins at a position on, each as this block and its place."""
+        rows, ties = self.rows.shard(self.position["count"], n, contiguous=False), 0
+        while True:
+            rows.set_epoch(at["epoch"])
+            if at["rows"]:
+                rows.load_state_dict(at["rows"])
+            stream = iter(rows)
+            while (block := self.read_block(stream, n, at, ties)).pairs:
+                for k in range(place, len(block.pairs)):
+                    yield block, k
+                first, before = (at[k] + len(block.pairs) for k in ("first", "before"))
+                at = at | {"block": at["block"] + 1, "first": first, "before": before, "rows": rows.state_dict()}
+                place = ties = 0
+            if not at["first"]:
+                each = f"file {n + 1} of each {self.position['count']}"
+                raise UserError(f"--dataset: no pair with a winner in {each}; leave these files out")
+            at, ties = at | {"epoch": at["epoch"] + 1, "block": 0, "first": 0, "rows": None}, block.ties
 
-    def read_block(self, rows) -> list[dict]:
-        """The next usable rows, at most as many as are shuffled together. The first process counts the ties between them,
-        once for each block."""
-        at, block, ties = self.at, [], 0
-        room = self.shuffle_buffer if self.limit is None else min(self.shuffle_buffer, self.limit - at["first"])
-        while len(block) < room and (row := next(rows, None)) is not None:
-            if row["label_0"] in (0, 1):
-                block.append(row)
-            else:
-                ties += 1
-        if at["next"] == 0 and self.turn == 0:
-            at["ties"] += ties
-        return block
+    def read_block(self, stream, n: int, at: dict, ties: int) -> Block:
+        """The pairs of the next rows, none at the end of an epoch, and the ties between them besides those before."""
+        pairs, left = [], (self.limit or sys.maxsize) - at["first"]
+        while len(pairs) < min(self.position["size"], left) and (row := next(stream, None)) is not None:
+            more, tied = self.pairs_of(row)
+            pairs, ties = pairs + more, ties + tied
+        pairs = pairs[:left]
+        order = np.random.default_rng([self.seed, at["epoch"], 0, at["block"]]).permutation(len(pairs))
+        return Block([pairs[k] for k in order] if self.shuffle_buffer > 1 else pairs, n, at, ties)
 
-
-def start_worker(_: int) -> None:
-    """Signals are the main process's business, also where a launcher sends them to all. Workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def item(self, block: Block, place: int) -> dict:
+        """A pair with its random part. Where it cannot be read, which unreadable counts, the one before it in the block
+        takes its place, so that the others keep theirs."""
+        key = (self.seed, block.start["epoch"], block.lane, 0, block.start["first"] + place)
+        for k in range(len(block.pairs)):
+            if (item := self.read(block.pairs[place - k])) is not None:
+                return item | self.draws(key) | {"unreadable": int(k > 0)}
+        raise UserError(f"--dataset: no picture can be read in {len(block.pairs)} pairs in a row")
 
 
-def make_loader(pairs: Pairs, batch_size: int, num_workers: int | None, device: torch.device) -> StatefulDataLoader:
-    """Batches of pairs, read by workers, by default 4 on a GPU and none elsewhere, and no more than the data have files."""
-    cuda = device.type == "cuda"
-    if num_workers is None:
-        num_workers = 4 if cuda else 0
-    workers = min(num_workers, pairs.num_shards if pairs.limit is None else 1)
-    # Forked workers hang in threads that reading the data has started here before.
-    more = {"worker_init_fn": start_worker, "multiprocessing_context": "spawn"} if workers else {}
-    return StatefulDataLoader(pairs, batch_size=batch_size, num_workers=workers, pin_memory=cuda, **more)
+def make_loader(pairs: Pairs, batch_size: int, num_workers: int | None, device: torch.device):
+    """Batches of pairs without end, each with the position behind it, read ahead by threads, by default 4 on a GPU and none
+    elsewhere, which end when it is closed."""
+    cuda, plans = device.type == "cuda", pairs.batches(batch_size)
+    threads = num_workers if num_workers is not None else 4 * cuda
+
+    def collate(items: list[dict], ties: int) -> dict:
+        batch = default_collate(items) | {"ties": torch.tensor(ties)}
+        # Here and not in a thread, which would open the first GPU in every process.
+        return {k: x.pin_memory() if cuda and isinstance(x, torch.Tensor) else x for k, x in batch.items()}
+
+    if not threads:
+        yield from ((collate([pairs.item(*x) for x in visits], ties), position) for visits, ties, position in plans)
+    reader, pool = ThreadPoolExecutor(1), ThreadPoolExecutor(threads)
+
+    def begin() -> tuple[list, int, dict]:
+        visits, ties, position = next(plans)
+        return [pool.submit(pairs.item, *x) for x in visits], ties, position
+
+    try:
+        ahead = collections.deque(reader.submit(begin) for _ in range(1 + 2 * threads // batch_size))
+        while True:
+            items, ties, position = ahead.popleft().result()
+            ahead.append(reader.submit(begin))
+            yield collate([x.result() for x in items], ties), position
+    finally:
+        reader.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)

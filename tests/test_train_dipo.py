@@ -1,5 +1,8 @@
 """train_dipo.py: the loss, the data, resuming, and every way in which a run can go wrong, on a tiny SDXL."""
 
+import collections
+import contextlib
+import functools
 import io
 import itertools
 import json
@@ -8,9 +11,8 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
+import threading
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -23,12 +25,14 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import DEMO, ROOT
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from filelock import FileLock
+from helpers import start_two
 from PIL import Image
 from safetensors import SafetensorError
 
 import train_dipo as td
 from dipo import cache, checkpoints, training
-from dipo.pairs import Pairs, make_loader, open_dataset, random_draws, read_pair, read_picture
+from dipo.cli import UserError
+from dipo.pairs import Pairs, make_loader, open_dataset, pairs_of, random_draws, read_pair, read_picture
 
 
 @pytest.fixture(scope="session")
@@ -180,14 +184,15 @@ def test_the_winner_comes_first_whatever_its_column_and_ties_are_dropped(tmp_pat
     labels = [1.0, 0.0, 0.5, 1.0, 0.0, None]
     rows = [{"jpg_0": jpeg(red), "jpg_1": jpeg(blue), "caption": f"{i}", "label_0": v} for i, v in enumerate(labels)]
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
-    stream = open_dataset(str(tmp_path))
-    items = list(Pairs(stream, lambda row: read_pair(row, 32), lambda key: {}, 0, 1, epochs=1))
+    pairs = Pairs(open_dataset(str(tmp_path)), pairs_of, lambda row: read_pair(row, 32), lambda key: {}, 0, 1)
+    visits, ties, _ = next(pairs.batches(4))
+    items = [pairs.item(*x) for x in visits]
     assert [x["caption"] for x in items] == ["0", "1", "3", "4"]
     for x, label in zip(items, [1, 0, 1, 0], strict=True):
         assert x["pixels"].shape == (2, 32, 32, 3)
         winner, loser = x["pixels"][0, 16, 16], x["pixels"][1, 16, 16]
         assert (winner[0] > 200) == bool(label) and (loser[0] > 200) != bool(label)
-    assert sum(x["ties"] for x in items) == 1  # the last row's comes after the last item
+    assert ties == 2
 
 
 def test_one_noise_and_one_timestep_serve_both_pictures_of_a_pair(tiny, monkeypatch, train):
@@ -233,95 +238,167 @@ def test_latents_are_the_vaes_and_dropped_captions_are_the_pipelines_uncondition
         torch.testing.assert_close(pooled[row], pooled_negative[0])
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory):
-    """Files of 30 numbered rows each, one in ten a tie."""
+    """numbers(k): a stream of the first k of 16 files of 30 numbered rows each, in groups of 7, one in ten a tie."""
     folder = tmp_path_factory.mktemp("numbers")
-    for k in range(3):
+    names = [str(folder / f"{k:02d}.parquet") for k in range(16)]
+    for k, name in enumerate(names):
         n = range(30 * k, 30 * k + 30)
-        pd.DataFrame({"n": n, "label_0": [0.5 if i % 10 == 9 else 1.0 for i in n]}).to_parquet(folder / f"{k}.parquet")
-    return folder
+        table = pd.DataFrame({"n": n, "label_0": [0.5 if i % 10 == 9 else 1.0 for i in n]})
+        table.to_parquet(name, row_group_size=7)
+    load = functools.partial(datasets.load_dataset, "parquet", split="train", streaming=True)
+    return functools.cache(lambda files: load(data_files=names[:files]))
 
 
-def stream(folder, files=3):
-    names = [str(folder / f"{k}.parquet") for k in range(files)]
-    return datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
+def several(row):
+    """Up to three pairs of a row, and a tie in every third."""
+    return [{"n": 1000 * k + row["n"]} for k in range(row["n"] % 4)], int(row["n"] % 3 == 0)
 
 
 def read_number(row):
     return {"n": row["n"]}
 
 
-def keep_key(key):
-    return {"key": key}
+def take(rows, n, batch=1, world=1, workers=0, positions=None, of=pairs_of, read=read_number, buffer=7, **options):
+    """The next n pairs of all processes together, as (n, key), how many were left out, and the positions behind them."""
+    got, left_out, behind = [collections.deque() for _ in range(world)], np.zeros(2, int), []
+    for rank in range(world):
+        draws = lambda key: {"key": torch.tensor(key)}  # noqa: E731
+        pairs = Pairs(rows, of, read, draws, seed=3, shuffle_buffer=buffer, rank=rank, world=world, **options)
+        if positions:
+            pairs.load(json.loads(json.dumps(positions)))
+        first = pairs.position["pairs"]
+        with contextlib.closing(make_loader(pairs, batch, workers, CPU)) as loader:
+            for x, position in itertools.islice(loader, n // (batch * world)):  # noqa: B007
+                got[rank] += zip(x["n"].tolist(), map(tuple, x["key"].tolist()), strict=True)
+                left_out += [x["ties"], x["unreadable"].sum()]
+        behind.append(position)
+    return [got[i % world].popleft() for i in range(first, first + n)], left_out.tolist(), behind
 
 
-def number_pairs(folder, files=3, read=read_number, **options):
-    options = {"seed": 0, "shuffle_buffer": 7, **options}
-    return Pairs(stream(folder, files), read, keep_key, **options)
+def plain_order(rows, n, count, size, of=pairs_of, limit=None, shuffled=True):
+    """The first n pairs and their keys, from lists."""
 
+    def lane(k):
+        files = rows.shard(count, k, contiguous=False)
+        for epoch in itertools.count():
+            files.set_epoch(epoch)  # which gives the files another order
+            blocks, first = [[]], 0
+            for pairs in [of(row)[0] for row in files]:
+                blocks += [[]] if len(blocks[-1]) >= size else []
+                blocks[-1] += [x["n"] for x in pairs]
+                if limit and sum(map(len, blocks)) >= limit:
+                    blocks[-1] = blocks[-1][: limit - sum(map(len, blocks[:-1]))]
+                    break
+            for number, block in enumerate(blocks):
+                order = np.random.default_rng([3, epoch, 0, number]).permutation(len(block))
+                for j in range(len(block)):
+                    yield block[order[j] if shuffled else j], (3, epoch, k, 0, first + j)
+                first += len(block)
 
-def take(pairs, n):
-    return [(x["n"], x["key"]) for x in itertools.islice(pairs, n)]
-
-
-def test_an_epoch_is_every_usable_pair_once_in_another_order_each_time(numbers):
-    got = take(number_pairs(numbers), 162)
-    usable = [i for i in range(90) if i % 10 != 9]
-    first, second = [n for n, _ in got[:81]], [n for n, _ in got[81:]]
-    assert sorted(first) == sorted(second) == usable and first != second and first != usable
-    assert len({key for _, key in got}) == 162
-    assert take(number_pairs(numbers, seed=1), 81) != got[:81]
-    items = list(itertools.islice(number_pairs(numbers), 81))
-    assert sum(x["ties"] for x in items) in (8, 9)
+    lanes = [lane(k) for k in range(count)]
+    return [next(lanes[i % count]) for i in range(n)]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rank": 1, "world": 2}, {"rank": 1, "world": 4}, {"limit": 20}, {"shuffle_buffer": 1}]
+    ("files", "count", "size", "options"),
+    [
+        (1, 1, 16, {}),
+        (1, 1, 20, {"buffer": 20, "of": several}),
+        (3, 1, 16, {"buffer": 1}),
+        (3, 1, 16, {"limit": 20}),
+        (3, 1, 16, {"limit": 32, "of": several}),
+        (4, 4, 25, {"buffer": 100}),
+        (4, 4, 16, {"of": several}),
+        (11, 1, 50, {"buffer": 50}),
+        (12, 4, 16, {"buffer": 1}),
+        (16, 8, 16, {}),
+    ],
 )
-def test_the_stream_goes_on_exactly_where_it_was(numbers, options):
-    whole = take(number_pairs(numbers, **options), 60)
-    for stop in (1, 2, 6, 7, 8, 19, 26, 27, 28, 40):
-        before = number_pairs(numbers, **options)
-        head = take(before, stop)
-        state = json.loads(json.dumps(before.state_dict()))
-        after = number_pairs(numbers, **options)
-        after.load_state_dict(state)
-        assert head + take(after, 60 - stop) == whole, stop
+def test_the_order_is_the_same_for_any_number_of_processes(numbers, files, count, size, options):
+    n = 240 if files < 4 else 720
+    expected = {k: v for k, v in options.items() if k != "buffer"} | {"shuffled": options.get("buffer") != 1}
+    order, left_out, _ = take(numbers(files), n, batch=24, **options)
+    assert order == plain_order(numbers(files), n, count, size, **expected)
+    assert len({key for _, key in order}) == n and left_out[0] > 0
+    for processes in (2, 3, 4, 8):
+        got, ties, _ = take(numbers(files), n, 24 // processes, processes, **options)
+        assert got == order and ties == left_out, processes
+
+
+def test_an_epoch_is_every_usable_pair_once_in_another_order_each_time(numbers):
+    order, (ties, _), _ = take(numbers(3), 162)
+    first, second = ([n for n, _ in order[k : k + 81]] for k in (0, 81))
+    assert sorted(first) == sorted(second) == [i for i in range(90) if i % 10 != 9] and first != second and ties == 18
+    order, (ties, _), _ = take(numbers(16), 432)
+    assert sorted(n for n, _ in order) == [i for i in range(480) if i % 10 != 9] and ties == 48
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_goes_on_exactly_where_it_was(numbers, workers):
-    def loader():
-        return make_loader(number_pairs(numbers), 4, workers, torch.device("cpu"))
-
-    first = loader()
-    batches = iter(first)
-    head = [next(batches)["n"].tolist() for _ in range(9)]
-    state = json.loads(json.dumps(first.state_dict()))
-    rest = [next(batches)["n"].tolist() for _ in range(21)]
-    assert len({n for batch in head for n in batch}) == 36
-    again = loader()
-    again.load_state_dict(state)
-    batches = iter(again)
-    assert again.state_dict()  # asked for before the first batch, as a run does that is stopped at once
-    assert [next(batches)["n"].tolist() for _ in range(21)] == rest
+@pytest.mark.parametrize(
+    ("files", "options"), [(1, {}), (3, {"buffer": 1}), (3, {"limit": 20}), (4, {"of": several}), (16, {"buffer": 200})]
+)
+def test_three_resumes_in_a_row_on_other_numbers_of_processes(numbers, files, options, workers):
+    """After 15, 31 and 52 pairs: within row groups, within blocks, between rounds of the lanes."""
+    whole, left_out, _ = take(numbers(files), 120, **options)
+    got, counts, positions = [], np.zeros(2, int), None
+    for processes, batch, batches in ((1, 3, 5), (2, 4, 2), (3, 1, 7), (4, 1, 3), (1, 4, 14)):
+        n = processes * batch * batches
+        more, ties, positions = take(numbers(files), n, batch, processes, workers, positions, **options)
+        got, counts = got + more, counts + ties
+    assert got == whole and counts.tolist() == left_out
 
 
-def test_processes_share_one_file_by_turns_and_several_files_as_they_are(numbers):
-    alone = take(number_pairs(numbers, files=1), 54)
-    two = [take(number_pairs(numbers, files=1, rank=r, world=2), 27) for r in (0, 1)]
-    assert [x for both in zip(*two, strict=True) for x in both] == alone
-    own = [{n for n, _ in take(number_pairs(numbers, rank=r, world=3), 27)} for r in range(3)]
-    assert sorted(set.union(*own)) == [i for i in range(90) if i % 10 != 9] and not own[0] & own[1]
+@pytest.mark.parametrize("options", [{}, {"buffer": 1}, {"limit": 20}, {"of": several}])
+def test_the_stream_goes_on_from_every_place(numbers, options):
+    whole, (ties, _), _ = take(numbers(1), 60, **options)
+    for stop in range(1, 60):
+        head, (before, _), positions = take(numbers(1), stop, **options)
+        rest, (after, _), _ = take(numbers(1), 60 - stop, positions=positions, **options)
+        assert head + rest == whole and before + after == ties, stop
 
 
-def test_unreadable_pairs_are_skipped_and_counted_and_the_rest_keeps_its_noise(numbers):
-    whole = dict(take(number_pairs(numbers), 81))
-    some = number_pairs(numbers, read=lambda row: None if row["n"] in (4, 40, 41) else {"n": row["n"]}, epochs=1)
-    items = list(some)
-    assert sum(x["unreadable"] for x in items) == 3 and len(items) == 78
-    assert all(whole[x["n"]] == x["key"] for x in items)
+def test_what_an_older_version_left_goes_on(numbers):
+    """The state of torchdata's loader: on processes with a file each, on processes that took turns, of one data worker."""
+    block = {"epoch": 0, "before": 0, "rows": None, "block": 0, "first": 0, "next": 8, "ties": 0, "unreadable": 0}
+    order = np.random.default_rng([3, 0, 0, 0]).permutation(20)
+    left = [([0, *range(1, 9), *range(10, 19), 20, 21])[k] for k in order][8:]
+    own, _, _ = take(numbers(2), 24, world=2, positions=[{"dataset_state": block}] * 2, buffer=20)
+    assert own == [x for j, n in enumerate(left) for x in ((n, (3, 0, 0, 0, 8 + j)), (n + 30, (3, 0, 1, 0, 8 + j)))]
+    turns = [{"dataset_state": block | {"next": n}} for n in (7, 8)]
+    worker = {"_snapshot": {"_worker_snapshots": {"worker_0": {"dataset_state": block}}}}
+    for processes, states in ((2, turns), (1, turns), (1, [worker])):
+        got, _, _ = take(numbers(1), 12, world=processes, positions=states, buffer=20)
+        assert got == [(n, (3, 0, 0, 0, 8 + j)) for j, n in enumerate(left)]
+    worker["_snapshot"]["_worker_snapshots"]["worker_1"] = {"dataset_state": block}
+    with pytest.raises(UserError, match="several data workers of an older version"):
+        take(numbers(1), 1, positions=[worker])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_one_before_takes_the_place_of_an_unreadable_pair(numbers, workers):
+    whole, _, _ = take(numbers(3), 81)
+    block, bad = [n for n, _ in whole[:16]], {whole[0][0], whole[4][0], whole[5][0], 40}
+    read = lambda row: None if row["n"] in bad else {"n": row["n"]}  # noqa: E731
+    for processes in (1, 3):
+        order, (_, unreadable), _ = take(numbers(3), 81, 9, processes, workers, read=read)
+        assert unreadable == 4 and [key for _, key in order] == [key for _, key in whole]
+        assert [n for n, _ in order[:16]] == [block[-1], *block[1:4], block[3], block[3], *block[6:]]
+        assert sum(a != b for a, b in zip(order, whole, strict=True)) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_that_cannot_be_used_are_told_and_no_thread_stays(numbers, workers):
+    threads = threading.active_count()
+    with pytest.raises(UserError, match="no picture can be read in 16 pairs in a row"):
+        take(numbers(3), 30, 4, workers=workers, read=lambda row: None if 16 < row["n"] < 50 else {"n": row["n"]})
+    with pytest.raises(UserError, match="no pair with a winner in file 3 of each 4"):
+        take(numbers(4), 40, 4, workers=workers, of=lambda row: ([row], 0) if row["n"] // 30 != 2 else ([], 1))
+    assert threading.active_count() == threads
 
 
 def test_pictures_are_scaled_and_cut_about_their_centre():
@@ -442,32 +519,36 @@ def test_accumulation_over_one_batch_or_eight_is_the_same_step(train, tmp_path):
     assert (one.loss - math.log(2)).abs().iloc[1:].min() > 1e-3  # the curves do something
 
 
-@pytest.mark.parametrize("lora", [(), ("--lora-rank", "4")])
-def test_two_processes_make_the_same_curve_as_one(train, tmp_path, tiny, readable_file, lora):
-    lora = (*lora, "--beta-dpo", "500")  # at 5000 these large steps would magnify rounding
-    assert train("--output-dir", "one", "--max-train-steps", 6, "--dataset", readable_file, *lora)[0] == 0
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+@pytest.mark.parametrize("kind", ["streamed", "LoRA, cached"])
+def test_one_then_two_then_one_process_make_the_curve_of_one(train, tmp_path, tiny, kind):
+    """Two lanes, ties and a picture that cannot be read in them."""
+    (tmp_path / "data").mkdir()
+    for k in range(2):
+        pd.DataFrame(make_rows(20, seed=k)).to_parquet(tmp_path / f"data/{k}.parquet")
+    flags = ("--dataset", tmp_path / "data", "--beta-dpo", "500")  # at 5000 these large steps would magnify rounding
+    caches = [()] * 2
+    if kind != "streamed":
+        flags, caches = (*flags, "--lora-rank", "4"), [("--cache-dir", tmp_path / f"cache{k}") for k in range(2)]
+    assert train("--output-dir", "one", "--max-train-steps", 6, *flags, *caches[0])[0] == 0
+    flags = (*flags, "--output-dir", tmp_path / "parts")
+    assert train(*flags, "--max-train-steps", 2, *caches[0])[0] == 0
     # Without an accelerator --device auto is the CPU too, where processes have to be told of each other.
-    flags = ("--output-dir", tmp_path / "two", "--max-train-steps", 6, "--device", "auto", *lora)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        launch + command(tiny, readable_file, *flags), capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert "4 per device x 2 processes x 1 accumulated" in done.stdout
-    one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two"))
-    columns = ["loss", "implicit_accuracy", "model_mse", "reference_mse"]
-    np.testing.assert_allclose(one[columns], two[columns], atol=1e-4)
-    assert one.ties.tolist() == two.ties.tolist() and (one.loss - math.log(2)).abs().iloc[1:].min() > 1e-3
+    more = ("--max-train-steps", 4, "--device", "auto", "--num-workers", 2, "--resume")
+    done = start_two("train_dipo", "--base-model", tiny, *FLAGS, *flags, *more, *caches[1], cwd=tmp_path)
+    assert done.returncode == 0 and "4 per device x 2 processes x 1 accumulated" in done.stdout, done.stderr
+    code, out, err = train(*flags, "--max-train-steps", 6, "--train-batch-size", 2, "--resume", *caches[0])
+    assert code == 0 and "train_batch_size is 2 from here on" in out, err
+    one, parts = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "parts"))
+    columns = ["loss", "implicit_accuracy", "model_mse", "reference_mse", "ties", "unreadable"]
+    np.testing.assert_allclose(one[columns], parts[columns], atol=1e-4)
+    assert (one.loss - math.log(2)).abs().iloc[1:].min() > 1e-3 and one.ties.iloc[-1] > 4 and one.unreadable.iloc[-1] > 1
+    assert json.loads((tmp_path / "parts/checkpoints/step-0000004/progress.json").read_text())["processes"] == 2
 
 
 def test_sigterm_within_an_accumulation_leaves_a_checkpoint_and_nothing_is_lost(train, tmp_path, monkeypatch):
     flags = ("--max-train-steps", 5, "--checkpoint-every", 100)
     assert train("--output-dir", "whole", *flags)[0] == 0
-    encode, calls = training.prepare_batch, []
+    encode, calls, threads = training.prepare_batch, [], threading.active_count()
 
     def interrupted(*arguments):
         calls.append(1)
@@ -476,8 +557,8 @@ def test_sigterm_within_an_accumulation_leaves_a_checkpoint_and_nothing_is_lost(
         return encode(*arguments)
 
     monkeypatch.setattr(training, "prepare_batch", interrupted)
-    code, _, err = train("--output-dir", "stopped", *flags)
-    assert code == 143 and "--resume goes on" in err
+    code, _, err = train("--output-dir", "stopped", *flags, "--num-workers", 2)
+    assert code == 143 and threading.active_count() == threads and "--resume goes on" in err
     assert [p.name for p in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-0000003"]
     code, _, err = train("--output-dir", "stopped", *flags)
     assert code == 2 and "--resume goes on from it" in err
@@ -583,7 +664,11 @@ def test_a_cache_gives_what_streaming_gives(train, tmp_path, readable_file):
     columns = ["loss", "model_mse", "reference_mse"]
     np.testing.assert_allclose(streamed[columns], cached[columns], atol=1e-4)
     assert (streamed.loss - math.log(2)).abs().iloc[1:].min() > 1e-3
-    readable_file.rename(tmp_path / "away.parquet")  # a finished cache needs the data set no more
+    # An older version's names. A finished cache needs the data set no more.
+    (tmp_path / "cache/000000.parquet").rename(tmp_path / "cache/0000-000000.parquet")
+    note = json.loads((tmp_path / "cache/cache.json").read_text())
+    (tmp_path / "cache/cache.json").write_text(json.dumps(note | {"processes": 2}))
+    readable_file.rename(tmp_path / "away.parquet")
     try:
         code, _, err = train("--output-dir", "again", *flags, "--cache-dir", "cache")
     finally:
@@ -591,33 +676,45 @@ def test_a_cache_gives_what_streaming_gives(train, tmp_path, readable_file):
     assert code == 0 and same(weights(tmp_path / "cached"), weights(tmp_path / "again")), err
 
 
-def test_a_cache_is_finished_after_a_stop_and_refused_for_other_settings(train, tmp_path, monkeypatch):
-    assert train("--output-dir", "whole", "--max-train-steps", 1, "--cache-dir", "cache")[0] == 0
-    note = json.loads((tmp_path / "cache/cache.json").read_text())
-    assert note["complete"] and note["counts"] == {"pairs": 34, "ties": 5, "unreadable": 1}
+def test_a_cache_is_finished_by_any_number_of_processes_and_refused_for_other_settings(train, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CACHE_SHARD", 8)
-    encode, calls = cache.encode_pictures, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return encode(*arguments)
-
-    monkeypatch.setattr(cache, "encode_pictures", interrupted)
-    flags = ("--output-dir", "again", "--max-train-steps", 1, "--cache-dir", "cache2")
-    assert train(*flags)[0] == 130
-    shards = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache2").glob("*.parquet")}
-    assert len(shards) == 2
+    flags = ("--output-dir", "out", "--max-train-steps", 1, "--cache-dir", "cache")
     assert train(*flags)[0] == 0
-    assert all((tmp_path / "cache2" / name).stat().st_mtime_ns == t for name, t in shards.items())
-    assert json.loads((tmp_path / "cache2/cache.json").read_text())["counts"] == note["counts"]
-    whole, parts = (
-        pd.concat(pd.read_parquet(p) for p in sorted((tmp_path / name).glob("*.parquet"))) for name in ("cache", "cache2")
-    )
-    assert whole.prompt_embeds.tolist() == parts.prompt_embeds.tolist() and whole.moments.tolist() == parts.moments.tolist()
+    note, folder = json.loads((tmp_path / "cache/cache.json").read_text()), tmp_path / "cache"
+    assert note["complete"] and note["counts"] == {"pairs": 34, "ties": 5, "unreadable": 1}
+    whole = {p.name: p.read_bytes() for p in sorted(folder.glob("*.parquet"))}
+    assert list(whole) == [f"{k:06d}.parquet" for k in range(5)]
+    encode_all, write_shard, killed = cache.encode_all, cache.write_shard, []
+
+    def by(ranks, world, s, rows, pipe, accelerator, resolution):
+        for rank in ranks:
+            encode_all(s, rows, pipe, SimpleNamespace(process_index=rank, num_processes=world), resolution)
+
+    def stopped(path, *rest):
+        if path.name == "000002.parquet" and not killed:
+            killed.append(path)
+            raise KeyboardInterrupt
+        write_shard(path, *rest)
+
+    monkeypatch.setattr(cache, "write_shard", stopped)
+    for ranks, n, lost in (((1, 0), 2, range(5)), ((0,), 1, ()), ((2, 0, 1), 3, (1, 4))):
+        begun = json.dumps({k: v for k, v in note.items() if k not in ("complete", "shapes", "counts")})
+        (folder / "cache.json").write_text(begun)
+        for k in lost:
+            (folder / f"{k:06d}.parquet").unlink()
+        monkeypatch.setattr(cache, "encode_all", functools.partial(by, ranks, n))
+        before = {p: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
+        assert train(*flags, "--output-dir", f"{n}")[0] == (130 if n == 2 else 0)
+        assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+        there = {p.name: p.read_bytes() for p in sorted(folder.glob("*.parquet"))}
+        assert list(there) == [name for k, name in enumerate(whole) if n != 2 or k in (0, 1, 3)]
+        assert there.items() <= whole.items()
+    assert json.loads((folder / "cache.json").read_text()) == note
     code, _, err = train(*flags, "--output-dir", "other", "--max-train-pairs", 9)
     assert code == 2 and "made with max_train_pairs None, not 9" in err
+    (folder / "cache.json").write_text(begun.replace("{", '{"processes": 1, ', 1))
+    code, _, err = train(*flags, "--output-dir", "other")
+    assert code == 2 and "an older version did not finish it" in err
 
 
 def test_first_pairs_only(train, tmp_path, readable_file):
