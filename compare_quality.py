@@ -36,10 +36,12 @@ from dipo.batches import Batch
 from dipo.compiled import projected_once
 from dipo.devices import dtype_for, start
 from dipo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, describe, save_plot
-from dipo.files import find_path, read_record, write_csv
+from dipo.files import find_path, write_csv
+from dipo.folders import paired, picture_records
 from dipo.judges import CLIPScore, HPSv2, Judge, PickScore
 from dipo.loras import merge_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, quiet_libraries, ready
+from dipo.prompts import read_prompts
 from dipo.scores import Scores
 from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
 from dipo.study import Row, Study, eta_label, open_study
@@ -63,7 +65,9 @@ class Settings(StudySettings):
     prompts: str = "assets/prompts"
     output_dir: str = "generated_images/compare_quality"
     folders: tuple[str, ...] | None = None
-    """instead of the study, score these folders of finished images (hasty_sample.py's)"""
+    """instead of the study, score these folders of pictures: hasty_sample.py's, or others whose prompts are known"""
+    folder_prompts: str = ""
+    """the prompts of such pictures in the order of their names, from whatever --prompts takes"""
 
     steps: tuple[int, ...] = (20, 30, 50, 100)
     """DIPO's steps"""
@@ -287,14 +291,8 @@ def score_folders(s: Settings, judges: list[Judge]) -> None:
     quiet_libraries()
     if not s.folders:
         raise cli.UserError("--folders: name the folders to score")
-    found, tables = {}, {}
-    for folder in s.folders:
-        path = find_path(folder)
-        if not path or not path.is_dir():
-            raise cli.UserError(f"--folders {folder}: no such folder; give one that hasty_sample.py made images in")
-        found[folder] = {p.name: r for p in sorted(path.glob("[0-9]" * 5 + "*.png")) if (r := read_record(p))}
-        if not found[folder]:
-            raise cli.UserError(f"--folders {folder}: no image with its prompt inside; make some with hasty_sample.py")
+    given = s.folder_prompts and read_prompts(s.folder_prompts, s.parti, s.pickapic, "folder-prompts").to_dict("records")
+    found, tables = {folder: picture_records(folder, given) for folder in s.folders}, {}
     for folder, records in found.items():
         scores = Scores(find_path(folder), judges, dtype_for(s.dtype, device))
         tables[folder] = scores.complete(records, state, device, s.scoring_batch_size).assign(variant=folder)
@@ -306,12 +304,13 @@ def score_folders(s: Settings, judges: list[Judge]) -> None:
     print_table("Means over prompts with 95 % bootstrap intervals", means, columns)
     a, *others = found
     for b in others:
-        wins = pd.DataFrame({"score": j.label, **stats.wins(images, a, b, j.name)} for j in judges)
+        both, alike = paired(images, a, b)
+        wins = pd.DataFrame({"score": j.label, **stats.wins(both, a, b, j.name)} for j in judges)
         if wins["n"].any():
-            alike = "" if tables[a]["prompt"].is_unique else "; images of one prompt count as independent"
-            print_table(f"Wins of {a} over {b}, same prompts and seeds{alike}", wins, {"score": "score"} | win_columns())
+            alike += "" if tables[a]["prompt"].is_unique else "; images of one prompt count as independent"
+            print_table(f"Wins of {a} over {b}, {alike}", wins, {"score": "score"} | win_columns())
         else:
-            print(f"\n{a} and {b} have no prompt and seed in common, so there is no win rate")
+            print(f"\n{a} and {b} have nothing in common ({alike}), so there is no win rate")
 
 
 def check_settings(s: Settings) -> None:

@@ -57,8 +57,8 @@ class Settings(SamplingSettings):
     parti: str = "nateraw/parti-prompts"
     pickapic: str = "yuvalkirstain/pickapic_v2"
     prompts: str = ""
-    """a .txt with a prompt a line, a folder of them, a .csv or .parquet with a prompt column, parti, pickapic or hpdv2;
-    empty: EXAMPLE_PROMPTS"""
+    """a .txt with a prompt a line, a .csv, .tsv, .json, .jsonl or .parquet, a folder of such files, parti, pickapic or
+    hpdv2; empty: EXAMPLE_PROMPTS"""
     output_dir: str = "generated_images/hasty_sample"
 
     num_inference_steps: int = 30

@@ -1,6 +1,5 @@
 """Pages of pictures: a row for each kind of picture, a column for each prompt, the prompts under them."""
 
-import contextlib
 import math
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dipo.cli import UserError
 from dipo.files import find_path, written_whole
+from dipo.pictures import UNREADABLE, open_picture
 
 MAX_GRID_PIXELS = 25_000_000
 GAP = 4
@@ -42,9 +42,17 @@ def save_grids(
 def remove_grids(folder: Path) -> None:
     """Remove the grids that an earlier run of ours left."""
     for path in folder.glob("grid*.png"):
-        with contextlib.suppress(OSError), Image.open(path) as image:
-            if image.info.get(MARK[0]) == MARK[1]:
-                path.unlink()
+        if is_grid(path):
+            path.unlink()
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a file is a grid of ours."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(MARK[0]) == MARK[1]
+    except UNREADABLE:
+        return False
 
 
 class Layout:
@@ -52,8 +60,8 @@ class Layout:
 
     def __init__(self, rows: dict[str, list[Path]], captions: list[str], title: str, font: str, columns: int):
         self.rows, self.captions, self.title, self.font, self.columns = rows, captions, title, font, columns
-        with Image.open(next(iter(rows.values()))[0]) as first:
-            width, self.shape = first.width, first.height / first.width
+        first = open_picture(next(iter(rows.values()))[0])
+        width, self.shape = first.width, first.height / first.width
         self.measure(width * math.ceil(192 / width))
         bands = math.ceil(len(captions) / columns)
         while self.width * (self.top + bands * self.band) > MAX_GRID_PIXELS and self.cell > 192:
@@ -85,8 +93,7 @@ class Layout:
                 middle = round(y + self.picture / 2 - self.label_font.size * (0.5 + 0.625 * lines))
                 draw_caption(page, label, GAP, middle, self.label - 2 * GAP, self.label_font, most=5)
                 for column, path in enumerate(paths[start:stop]):
-                    with Image.open(path) as image:
-                        small = image.convert("RGB").resize((self.cell, self.picture), Image.Resampling.LANCZOS)
+                    small = open_picture(path).resize((self.cell, self.picture), Image.Resampling.LANCZOS)
                     page.paste(small, (self.label + column * (self.cell + GAP), y))
             y = top + len(self.rows) * (self.picture + GAP) - GAP
             for column, caption in enumerate(self.captions[start:stop]):

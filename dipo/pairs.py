@@ -1,7 +1,6 @@
 """Preference pairs as a stream that goes on exactly where it was: pictures, captions and what is random about a visit."""
 
 import collections
-import io
 import math
 import re
 import sys
@@ -16,6 +15,7 @@ from torch.utils.data import default_collate
 
 from dipo.cli import UserError, first_line
 from dipo.files import find_path
+from dipo.pictures import open_picture
 
 COLUMNS = ("jpg_0", "jpg_1", "caption", "label_0")
 # Where a block of a lane begins: as many pairs lie before it in this epoch (first) and in all.
@@ -75,9 +75,8 @@ def pairs_of(row: dict) -> tuple[list[dict], int]:
 
 def read_picture(value: bytes | dict, resolution: int) -> np.ndarray:
     """An encoded picture, resized and centre-cropped: uint8 (resolution, resolution, 3). Raises what Pillow raises."""
-    with Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value)) as image:
-        fitted = ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.BILINEAR)
-    return np.asarray(fitted)
+    image = open_picture(value["bytes"] if isinstance(value, dict) else value)
+    return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR))
 
 
 def read_pair(row: dict, resolution: int) -> dict | None:

@@ -1,66 +1,96 @@
 """Prompts from files, folders and known data sets."""
 
+import csv
+import io
+import json
+import textwrap
 import unicodedata
 from pathlib import Path
 
 import pandas as pd
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from dipo.cli import UserError, first_line
 from dipo.files import find_path
 
-KINDS = "give a folder of .txt files, a .txt, .csv or .parquet, parti, pickapic or hpdv2"
+KINDS = "give a .txt, .csv, .tsv, .json, .jsonl or .parquet, a folder of such files, parti, pickapic or hpdv2"
+# What columns may be called. Of several the first in this order is read.
+PROMPT, CATEGORY = ("prompt", "prompts", "caption", "captions", "text"), ("category", "categories")
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_prompts(source: str, parti: str = "", pickapic: str = "", flag: str = "prompts") -> pd.DataFrame:
     """The prompts of a source in its order, blank ones left out: columns prompt and category ("" where there are none).
 
-    source: a folder with a .txt for each category, a .txt (UTF-8, a prompt a line), a .csv or .parquet with a column prompt
-    and perhaps category (in any case), "parti", "pickapic" (its test prompts) or "hpdv2" (HPSv2's benchmark). parti and
-    pickapic: where those data sets are. flag: what the user gave the source with. Raises UserError for what is missing,
-    empty, of another kind or not readable.
+    source: a .txt (a prompt a line); a .csv, .tsv, .json, .jsonl or .parquet with a column of PROMPT, perhaps one of
+    CATEGORY; a .json list of texts, or object of lists by category; a folder of such files, named by category; "parti",
+    "pickapic" (its test prompts) or "hpdv2" (HPSv2's benchmark). parti and pickapic: where those data sets are. flag: what
+    the user gave the source with. Raises UserError for what is missing, empty, of another kind or not readable.
     """
     try:
-        table = prompt_table(source, parti, pickapic)
+        table = source_table(source, parti, pickapic)
+    except (ConnectionError, LocalEntryNotFoundError) as e:
+        reason = "the hub is out of reach, and its cache has no copy; go online, or give a file of prompts"
+        raise UserError(f"--{flag} {source}: cannot be read: {reason}") from e
     except Exception as e:
-        raise UserError(f"--{flag} {source}: cannot be read: {first_line(e)[:200]}") from e
+        reason = textwrap.shorten(first_line(e), 300, placeholder=" ...")
+        raise UserError(f"--{flag} {source}: cannot be read: {reason}") from e
     if table is None:
         raise UserError(
             f"--{flag} {source}: {'of no known kind' if find_path(source) else 'no such file or folder'}; {KINDS}"
         )
-    table.columns = table.columns.astype(str).str.lower()
-    if "prompt" not in table:
-        raise UserError(f"--{flag} {source}: has no column prompt; its columns are {', '.join(table.columns)}")
-    table = table.reindex(columns=["prompt", "category"]).astype(object)
-    table = table.where(table.notna(), "").astype(str).map(one_line)
     table = table[table["prompt"] != ""].reset_index(drop=True)
     if table.empty:
         raise UserError(f"--{flag} {source}: holds no prompt; put one on each line, or in the column prompt")
     return table
 
 
-def prompt_table(source: str, parti: str, pickapic: str) -> pd.DataFrame | None:
-    """The table behind read_prompts as it is; None for a source of no known kind."""
+def source_table(source: str, parti: str, pickapic: str) -> pd.DataFrame | None:
+    """The table behind read_prompts with its blank ones; None for a source of no known kind."""
     path = find_path(source)
-    kind = path.suffix.lower() if path and path.is_file() else ""
     if source == "parti":
         import datasets
 
-        return datasets.load_dataset(str(find_path(parti) or parti), split="train").to_pandas()
+        return prompt_columns(datasets.load_dataset(str(find_path(parti) or parti), split="train").to_pandas())
     if source == "pickapic":
-        return pd.DataFrame({"prompt": pickapic_captions(pickapic)})
+        return prompt_columns(pd.DataFrame({"prompt": pickapic_captions(pickapic)}))
     if source == "hpdv2":
         import hpsv2
 
-        styles = hpsv2.benchmark_prompts("all")
-        return pd.DataFrame([(p, style) for style in styles for p in styles[style]], columns=["prompt", "category"])
+        return json_table(hpsv2.benchmark_prompts("all"))
     if path and path.is_dir():
-        texts = {f.stem: read_lines(f) for f in sorted(path.glob("*.txt"))}
-        return pd.DataFrame([(p, name) for name in texts for p in texts[name]], columns=["prompt", "category"])
-    if kind == ".txt":
-        return pd.DataFrame({"prompt": read_lines(path)})
-    if kind == ".csv":
-        return read_csv(path)
-    return pd.read_parquet(path) if kind == ".parquet" else None
+        return folder_table(sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in READERS))
+    return prompt_columns(READERS[path.suffix.lower()](path)) if path and path.suffix.lower() in READERS else None
+
+
+def folder_table(files: list[Path]) -> pd.DataFrame:
+    """The prompts of several files, whose names are the categories of those without. ValueError names the file."""
+    tables = [pd.DataFrame(columns=["prompt", "category"])]
+    for file in files:
+        try:
+            tables.append(prompt_columns(READERS[file.suffix.lower()](file), file.stem))
+        except Exception as e:
+            raise ValueError(f"{file.name}: {first_line(e)}") from e
+    return pd.concat(tables)
+
+
+def prompt_columns(table: pd.DataFrame, category: str = "") -> pd.DataFrame:
+    """A table's prompts and categories, each on one line; category where a row has none. ValueError for no such column."""
+    prompts, categories = named_column(table, PROMPT), named_column(table, CATEGORY)
+    if prompts is None:
+        columns = textwrap.shorten(", ".join(map(str, table.columns)), 120, placeholder=" ...")
+        raise ValueError(f"has no column {', '.join(PROMPT[:-1])} or {PROMPT[-1]}; its columns are {columns}")
+    table = pd.DataFrame({"prompt": prompts, "category": categories}).astype(object)
+    if not table["prompt"].map(pd.api.types.is_scalar).all():
+        raise ValueError(f"the column {prompts.name} holds more than one text in a row; give a row to each prompt")
+    table = table.where(table.notna(), "").astype(str).map(one_line)
+    return table.assign(category=table["category"].where(table["category"] != "", category))
+
+
+def named_column(table: pd.DataFrame, names: tuple[str, ...]) -> pd.Series | None:
+    """The column of the first of these names that is there, in any case and with blanks around it."""
+    columns = [str(c).strip().lower() for c in table.columns]
+    return next((table.iloc[:, columns.index(name)] for name in names if name in columns), None)
 
 
 def pickapic_captions(name: str) -> list[str]:
@@ -94,13 +124,68 @@ def one_line(text: str) -> str:
     return " ".join("".join(c for c in text if c.isspace() or unicodedata.category(c) != "Cc").split())
 
 
-def read_lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8-sig").splitlines()
+def read_text(path: Path) -> str:
+    """A file in UTF-8, UTF-16 (by its mark) or cp1252, of which latin-1's letters are a part. ValueError for other bytes."""
+    data = path.read_bytes()
+    for encoding in ("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "cp1252"):
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if encoding != "cp1252" or "\0" not in text:
+            return text
+    raise ValueError("no text in UTF-8, UTF-16 or cp1252")
+
+
+def read_lines(path: Path) -> pd.DataFrame:
+    return pd.DataFrame({"prompt": read_text(path).splitlines()})
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """A CSV as text; ValueError where a row has more cells than the header, which pandas would take for an index."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if not isinstance(table.index, pd.RangeIndex):
-        raise ValueError("a row has more cells than the header; put quotes around prompts with commas")
+    """A CSV as text, parted by that of SEPARATORS which makes a known column of the header, or the most cells. ValueError
+    where a row has more cells than the header, which pandas would take for an index."""
+    text = read_text(path)
+    cells = {s: next(csv.reader(io.StringIO(text.lstrip("\r\n")), delimiter=s), []) for s in SEPARATORS}
+    known = {s: named_column(pd.DataFrame(columns=header), PROMPT) is not None for s, header in cells.items()}
+    separator = max(SEPARATORS, key=lambda s: (known[s], len(cells[s])))
+    # Under a header of one cell the lines are whole, whatever they hold.
+    options = {"sep": separator if len(cells[separator]) > 1 else "\x1f", "skipinitialspace": True}
+    try:
+        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, **options)
+        reason = "" if isinstance(table.index, pd.RangeIndex) else "fields in line"
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame({"prompt": []})
+    except pd.errors.ParserError as e:
+        reason = str(e)
+    if "fields in line" in reason:
+        raise ValueError(f"a row has more cells than the header; put quotes around prompts with {SEPARATORS[separator]}")
+    if reason:
+        raise ValueError("a quote is opened and never closed")
     return table
+
+
+def read_json(path: Path) -> pd.DataFrame:
+    return json_table(json.loads(read_text(path)))
+
+
+def read_json_lines(path: Path) -> pd.DataFrame:
+    return json_table([json.loads(line) for line in read_text(path).split("\n") if line.strip()])
+
+
+def json_table(data) -> pd.DataFrame:
+    """A list of texts or of objects, an object of columns, or one whose keys are categories. ValueError for all else."""
+    if isinstance(data, list) and all(isinstance(x, str) for x in data):
+        return pd.DataFrame({"prompt": data})
+    if isinstance(data, list) and all(isinstance(x, dict) for x in data):
+        return pd.DataFrame(data)
+    if isinstance(data, dict) and named_column(pd.DataFrame(columns=list(data)), PROMPT) is not None:
+        return pd.DataFrame(data)
+    if isinstance(data, dict) and data and all(isinstance(x, list) for x in data.values()):
+        return pd.concat([prompt_columns(json_table(x), category) for category, x in data.items()])
+    found = f"an object with {', '.join(data)}" if isinstance(data, dict) else f"a JSON {type(data).__name__}"
+    wanted = "a list of prompts or of objects with a prompt, or an object of lists, its keys the categories"
+    raise ValueError(f"holds {textwrap.shorten(found, 120, placeholder=' ...')}; give {wanted}")
+
+
+READERS = {".txt": read_lines, ".csv": read_csv, ".tsv": read_csv, ".parquet": pd.read_parquet}
+READERS |= {".json": read_json, ".jsonl": read_json_lines}

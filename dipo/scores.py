@@ -12,21 +12,31 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
+from dipo.cli import UserError, first_line
 from dipo.devices import DTYPES
 from dipo.files import csv_text, fingerprint, written_whole
 from dipo.judges import Judge
+from dipo.pictures import UNREADABLE, open_picture
 
 
 def image_id(record: dict) -> str:
-    """Changes whenever an image is made anew: its record holds its times."""
+    """Changes whenever an image is made anew: its record holds its times, or the hash of a file that is not ours."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_image(path: Path) -> Image.Image:
+    """A picture in RGB; UserError for a file that is none."""
+    try:
+        return open_picture(path)
+    except UNREADABLE as e:
+        raise UserError(f"{path}: cannot be read as a picture ({first_line(e)}); mend it or take it away") from e
 
 
 class Scores:
     """scores.csv of a folder, by these judges in this precision (fp16, bf16 or fp32).
 
-    Its columns: file (relative to the folder), variant (the file's folder), prompt, category, seed, image, a score of each
-    judge, scored_by. Rows of other images stay in it.
+    Its columns: file (relative to the folder), variant (the file's folder), prompt, category, seed (empty for pictures of
+    unknown origin), image, a score of each judge, scored_by. Rows of other images stay in it.
     """
 
     def __init__(self, folder: Path, judges: list[Judge], dtype_name: str):
@@ -60,7 +70,7 @@ class Scores:
         table = self.table().set_index("file", drop=False)
         good = table[table[self.names].notna().all(axis=1) & (table["scored_by"] == self.judged_by)]
         files = [f for f, r in records.items() if f in good.index and good.at[f, "image"] == image_id(r)]
-        return good.loc[files, self.columns].reset_index(drop=True).astype({"seed": int})
+        return good.loc[files, self.columns].reset_index(drop=True)
 
     def add(self, rows: pd.DataFrame) -> None:
         """Put rows in, by variant and file, in the place of older ones of the same files. What is there is whole at any
@@ -84,7 +94,7 @@ class Scores:
                 bar.disable = not state.is_local_main_process
                 for start in range(0, len(share), batch_size):
                     files = share[start : start + batch_size]
-                    images = list(pool.map(lambda f: Image.open(self.folder / f).convert("RGB"), files))
+                    images = list(pool.map(lambda f: read_image(self.folder / f), files))
                     self.add(self.score(files, images, [records[f] for f in files]))
                     bar.update(len(files))
         state.wait_for_everyone()
@@ -100,7 +110,7 @@ class Scores:
             "variant": [os.path.dirname(f) for f in files],
             "prompt": [csv_text(p) for p in prompts],
             "category": [csv_text(r.get("category", "")) for r in records],
-            "seed": [r["seed"] for r in records],
+            "seed": [r.get("seed", "") for r in records],
             "image": [image_id(r) for r in records],
         }
         rows |= {judge.name: judge(images, prompts).tolist() for judge in self.judges}

@@ -65,7 +65,7 @@ class SamplingSettings(ModelPaths):
     demo: bool = False
     """use the small models, prompts and judges of assets/demo, and sizes for two CPU cores, where the default was left"""
     prompts: str
-    """a folder with a .txt for each category, a .txt, a .csv or .parquet with a prompt column, parti, pickapic or hpdv2"""
+    """a .txt, .csv, .tsv, .json, .jsonl or .parquet, a folder of such files by category, parti, pickapic or hpdv2"""
     limit: int | None = None
     """use the first N prompts only; in a study of each category"""
     images_per_prompt: int = 1

@@ -287,7 +287,7 @@ BAD_INPUT = {
     "no prompts file": (["--demo", "--prompts", "none.txt"], ["--prompts none.txt", "no such file"]),
     "empty prompts": (["--demo", "--prompts", "empty.txt"], ["--prompts empty.txt", "holds no prompt"]),
     "unknown kind": (["--demo", "--prompts", "prompts.docx"], ["--prompts prompts.docx", ".parquet"]),
-    "no column": (["--demo", "--prompts", "wrong.csv"], ["no column prompt", "text, id"]),
+    "no column": (["--demo", "--prompts", "wrong.csv"], ["no column prompt", "its columns are words, id"]),
     "not text": (["--demo", "--prompts", "binary.txt"], ["--prompts binary.txt", "cannot be read"]),
     "not parquet": (["--demo", "--prompts", "binary.parquet"], ["--prompts binary.parquet", "cannot be read"]),
     "no steps": (["--demo", "--num-inference-steps", "0"], ["--num-inference-steps 0", "1 to 1000"]),
@@ -332,8 +332,8 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(run, name, monkeypatch):
         pytest.skip("this machine has a GPU")
     Path("empty.txt").write_text("\n \n")
     Path("prompts.docx").write_text("x")
-    Path("wrong.csv").write_text("text,id\nx,1\n")
-    Path("binary.txt").write_bytes(b"\xff\xfe\x00\x80")
+    Path("wrong.csv").write_text("words,id\nx,1\n")
+    Path("binary.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
     Path("binary.parquet").write_bytes(b"PAR2")
     Path("models").mkdir()
     flags, said = BAD_INPUT[name]

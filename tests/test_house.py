@@ -11,10 +11,10 @@ LINES = dict.fromkeys(SAMPLERS, 350) | {"train_dipo": 450, "download_models": 25
 MODULES = sorted(p.stem for p in (ROOT / "dipo").glob("[!_]*.py"))
 # From below: a module imports those of the levels before its own only.
 LEVELS = (
-    ("cli", "stats", "timesteps"),
+    ("cli", "stats", "timesteps", "pictures"),
     ("files", "devices"),
     ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums"),
-    ("models", "settings", "hub"),
+    ("models", "settings", "hub", "folders"),
     ("compiled", "judges", "loras", "training", "pickapic"),
     ("batches", "scores", "tables", "cache", "results"),
     ("study",),

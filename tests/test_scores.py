@@ -12,6 +12,7 @@ from PIL import Image
 
 from dipo import judges
 from dipo.files import save_png
+from dipo.grids import save_grids
 
 PROMPTS = [world.caption(s) for s in world.sample_scenes("held_out", 6, 3)]
 
@@ -35,7 +36,7 @@ def score(run, random_judges):
 
 def test_scoring_a_folder_is_continued_and_not_repeated(score, tmp_path, monkeypatch):
     make_folder(tmp_path / "a", 10)
-    (tmp_path / "a/grid.png").write_bytes(b"not one of them")
+    save_grids(tmp_path / "a", "grid", {"": [tmp_path / "a/00000.png"]}, ["not one of them"])
     call, calls = judges.HPSv2.__call__, []
 
     def interrupted(self, images, prompts):
@@ -66,7 +67,7 @@ def test_scoring_a_folder_is_continued_and_not_repeated(score, tmp_path, monkeyp
     ("flags", "said"),
     [
         (("--folders", "nothing"), "no such folder"),
-        (("--folders", "empty"), "no image with its prompt inside"),
+        (("--folders", "empty"), "--folders empty: no PNG, JPEG or WebP in it"),
         (
             ("--folders", "a", "--pickscore", "nobody/nothing"),
             "--pickscore nobody/nothing: config.json and model.safetensors cannot be loaded",
