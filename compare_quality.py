@@ -315,15 +315,10 @@ def score_folders(s: Settings, judges: list[Judge]) -> None:
 
 def check_settings(s: Settings) -> None:
     """Raise UserError for every value that can be judged without loading a model."""
-    check_sampling(s)
     check_steps("steps", *s.steps)
     check_steps("baseline-steps", *s.baseline_steps)
     check_steps("sampler-steps", *s.sampler_steps)
     check_etas("eta", s.eta)
-
-
-def check_samplers(s: Settings) -> None:
-    """Raise UserError for steps at which another sampler would not start near the last timestep."""
     for name, n in ((x, n) for x in s.samplers for n in s.sampler_steps):
         # Their whole-number strides leave the noisiest timesteps out where there are many steps.
         scheduler = SAMPLERS[name][1](timestep_spacing=s.timestep_spacing, steps_offset=1)
@@ -335,15 +330,14 @@ def check_samplers(s: Settings) -> None:
 
 def main(s: Settings) -> None:
     s = completed(s, DEMO)
-    check_settings(s)
+    check_sampling(s)
     judges = [PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version)]
     judges += [CLIPScore(s.clip)] if s.clip else []
     if s.folders is not None:
         return score_folders(s, judges)
     s = fitted(s)
-    check_samplers(s)
-    rows = study_rows(s)
-    baseline = next(r for r in rows if r.group == "Diffusion-DPO")
+    check_settings(s)
+    baseline = next(r for r in (rows := study_rows(s)) if r.group == "Diffusion-DPO")
     with open_study(s, rows, judges) as study:
         if study.missing:
             make_images(s, study)
