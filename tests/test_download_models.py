@@ -27,7 +27,7 @@ import compare_quality as cq
 import download_models as dm
 import hasty_sample as hs
 import train_dipo as td
-from dipo import checksums, cli, files, pairs
+from dipo import checksums, cli, files, pairs, schemas
 from dipo import hub as dipo_hub
 
 REPO = {name: source.repo for name, source in dm.SOURCES.items()}
@@ -543,9 +543,12 @@ def test_first_usable_pairs(download, pickapic, hub, tmp_path):
     }
     pd.testing.assert_frame_equal(saved_pairs(folder), pickapic[:10].reset_index(drop=True))
     assert pd.read_parquet(folder / "test_unique.parquet").to_dict("list") == {"caption": ["a cat", "a dog"]}
-    rows = list(pairs.open_dataset(str(folder)))
-    assert [row["caption"] for row in rows] == pickapic.caption[:10].tolist() and set(rows[0]) == set(pairs.COLUMNS)
-    assert all(pairs.read_pair(row, 8) is not None for row in rows)
+    rows = list(schemas.open_dataset(str(folder)))
+    assert [row["caption"] for row in rows] == pickapic.caption[:10].tolist() and set(rows[0]) == {
+        *schemas.SCHEMAS[0].columns
+    }
+    find = schemas.pairs_of(rows, str(folder))
+    assert all(pairs.read_pair(pair, 8) is not None for row in rows for pair in find(row)[0])
     # 10 of the usable rows are in the first two files: the third is not touched.
     assert not any("train-00002" in path and "/resolve/" in path for _, path, _ in hub.requests)
     assert download("--check")[:2] == (0, "pickapic: 4 files, none damaged or missing\n")

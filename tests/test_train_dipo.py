@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 
 import train_dipo as td
 from dipo import cache, checkpoints, training
-from dipo.pairs import Pairs, make_loader, open_dataset, random_draws, read_pair, read_picture
+from dipo.pairs import Pairs, make_loader, random_draws, read_pair, read_picture
+from dipo.schemas import as_rows, open_dataset, pairs_of
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +181,7 @@ def test_the_winner_comes_first_whatever_its_column_and_ties_are_dropped(tmp_pat
     rows = [{"jpg_0": jpeg(red), "jpg_1": jpeg(blue), "caption": f"{i}", "label_0": v} for i, v in enumerate(labels)]
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
     stream = open_dataset(str(tmp_path))
+    stream = as_rows(stream, pairs_of(stream, str(tmp_path)))
     items = list(Pairs(stream, lambda row: read_pair(row, 32), lambda key: {}, 0, 1, epochs=1))
     assert [x["caption"] for x in items] == ["0", "1", "3", "4"]
     for x, label in zip(items, [1, 0, 1, 0], strict=True):
@@ -329,7 +331,7 @@ def test_pictures_are_scaled_and_cut_about_their_centre():
     cut = read_picture(jpeg(picture), 64)
     assert cut.shape == (64, 64, 3) and (cut[..., 2] > 200).mean() > 0.95
     assert read_picture({"bytes": jpeg(picture), "path": None}, 8).shape == (8, 8, 3)
-    assert read_pair({"jpg_0": jpeg(picture)[:200], "jpg_1": jpeg(picture), "caption": "", "label_0": 1}, 8) is None
+    assert read_pair({"winner": jpeg(picture)[:200], "loser": jpeg(picture), "caption": ""}, 8) is None
 
 
 def test_random_draws_depend_on_their_key_alone():
@@ -760,7 +762,7 @@ def bad_dataset(folder, kind):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("column", "lacks the column label_0"),
+        ("column", "are none of those known: jpg_0, jpg_1, label_0, caption; "),
         ("ties", "no usable pair in it"),
         ("unreadable", "no usable pair in it"),
         ("text", "cannot be loaded"),
