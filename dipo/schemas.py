@@ -61,7 +61,8 @@ def open_dataset(name: str, split: str = "train") -> datasets.IterableDataset:
     try:
         if path:
             files = find_files(path, split)
-            rows = stream(BUILDERS[files[0].suffix[1:].lower()], files)
+            kind, names = BUILDERS[files[0].suffix[1:].lower()], [str(f) for f in files]
+            rows = datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
         else:
             rows = datasets.load_dataset(name, split=split, streaming=True)
         columns = columns_of(rows)
@@ -84,16 +85,14 @@ def find_files(path: Path, split: str) -> list[Path]:
         return [path / "metadata.jsonl"]
     found = (sorted(f for f in path.rglob(f"*.{kind}") if not f.name.startswith((".", "cache-"))) for kind in BUILDERS)
     files = next(filter(None, found), [])
-    named = [f for f in files if any(p.startswith(split) for p in re.split(r"[-_./\\]", str(f.relative_to(path))))]
-    if not named and (not files or split != "train"):
-        what = f"no file of split {split} in it; look at --dataset-split" if files else f"no .{', .'.join(BUILDERS)} in it"
-        raise UserError(f"--dataset {path}: {what}")
+    # Pick-a-Pic has test_unique beside test.
+    like = re.compile(rf"(^|[-_./\\]){re.escape(split)}(?!_unique)")
+    named = [f for f in files if like.search(str(f.relative_to(path)))]
+    if not files:
+        raise UserError(f"--dataset {path}: no .{', .'.join(BUILDERS)} file in it")
+    if not named and split != "train":
+        raise UserError(f"--dataset {path}: no file is named like --dataset-split {split}, as {files[0].name} is not")
     return named or files
-
-
-def stream(kind: str, files: list[Path]) -> datasets.IterableDataset:
-    """Files of a kind that datasets has a builder for."""
-    return datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=True)
 
 
 def failure(name: str, path: Path | None, e: Exception) -> str:
