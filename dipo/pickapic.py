@@ -120,10 +120,14 @@ def open_train(stream, repo: str, commit: str):
     """The rows of the training split, or of the first where there is none of that name, and what finds their pairs."""
     import datasets
 
-    from dipo.schemas import encoded, pairs_of
+    from dipo.schemas import encoded, failure, pairs_of
 
-    splits = datasets.get_dataset_split_names(repo, revision=commit)
-    rows = encoded(stream(split="train" if "train" in splits else splits[0]))
+    try:
+        splits = datasets.get_dataset_split_names(repo, revision=commit)
+        rows = encoded(stream(split="train" if "train" in splits else splits[0]))
+    except (RuntimeError, ValueError) as e:
+        # What datasets says of a repository that it has, but cannot read.
+        raise UserError(f"--dataset {repo}: {failure(repo, None, e)}") from e
     return rows, pairs_of(rows, repo)
 
 

@@ -83,8 +83,8 @@ def find_files(path: Path, split: str) -> list[Path]:
         return [path]
     if (path / "metadata.jsonl").is_file():
         return [path / "metadata.jsonl"]
-    found = (sorted(f for f in path.rglob(f"*.{kind}") if not f.name.startswith((".", "cache-"))) for kind in BUILDERS)
-    files = next(filter(None, found), [])
+    there = sorted(f for f in path.rglob("*.*") if f.suffix[1:] in BUILDERS and not f.name.startswith((".", "cache-")))
+    files = next(filter(None, ([f for f in there if f.suffix == f".{kind}"] for kind in BUILDERS)), [])
     # Pick-a-Pic has test_unique beside test.
     like = re.compile(rf"(^|[-_./\\]){re.escape(split)}(?!_unique)")
     named = [f for f in files if like.search(str(f.relative_to(path)))]
@@ -190,8 +190,9 @@ def group_of(row: dict, schema: Schema) -> tuple[list, list[float]]:
         ranked = [(p, number(r)) for p, r in zip(row[schema.pictures[0]] or (), choice or (), strict=False)]
         ranked = [(p, sign * r) for p, r in ranked if r is not None]
         return [p for p, _ in ranked], [r for _, r in ranked]
-    ranks = {1: [1, 2], 0: [2, 1]}.get(number(choice) if schema.choice else 1, [1, 1])
-    return [row[c] for c in schema.pictures], ranks if row.get("has_label") in (None, True) else [1, 1]
+    label = number(choice) if schema.choice else 1
+    usable = number(row.get("has_label")) != 0
+    return [row[c] for c in schema.pictures], {1: [1, 2], 0: [2, 1]}.get(label, [1, 1]) if usable else [1, 1]
 
 
 def number(value) -> float | None:

@@ -686,6 +686,10 @@ def pickapic_tar(labels: list[str]) -> bytes:
             {"train.json": b'[{"prompt": "a", "path1": "x/1.jpg", "path2": "x/2.jpg"}]'},
             "hf download some/data --repo-type dataset",
         ),
+        (
+            {"data.py": b"# a loading script"},
+            "no longer supported, but found data.py); fetch it (hf download",
+        ),
         ({"train.jsonl": b'{"text": "a", "url": "b"}\n'}, "its columns (text, url) are none of those known: jpg_0,"),
     ],
 )
