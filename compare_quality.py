@@ -40,7 +40,7 @@ from dipo.files import find_path, write_csv
 from dipo.folders import paired, picture_records
 from dipo.judges import CLIPScore, HPSv2, Judge, PickScore
 from dipo.loras import merge_loras
-from dipo.models import decode, encode, fitted, load_part, pipeline_class, quiet_libraries, ready
+from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
 from dipo.prompts import read_prompts
 from dipo.scores import Scores
 from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
@@ -288,7 +288,6 @@ def plot_quality(table: pd.DataFrame, rows: list[Row], judges: list[Judge], base
 def score_folders(s: Settings, judges: list[Judge]) -> None:
     """Score folders of finished images and print their means, and win rates of the first one over the others."""
     state, device = start(s.device)
-    quiet_libraries()
     if not s.folders:
         raise cli.UserError("--folders: name the folders to score")
     given = s.folder_prompts and read_prompts(s.folder_prompts, s.parti, s.pickapic, "folder-prompts").to_dict("records")
@@ -337,7 +336,8 @@ def main(s: Settings) -> None:
         return score_folders(s, judges)
     s = fitted(s)
     check_settings(s)
-    baseline = next(r for r in (rows := study_rows(s)) if r.group == "Diffusion-DPO")
+    rows = study_rows(s)
+    baseline = next(r for r in rows if r.group == "Diffusion-DPO")
     with open_study(s, rows, judges) as study:
         if study.missing:
             make_images(s, study)

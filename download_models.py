@@ -4,6 +4,7 @@
     python download_models.py --all                  # SDXL base (fp16), the fixed VAE, the DPO UNet and Parti prompts too
     python download_models.py --only base-model vae  # these only
     python download_models.py --dataset 10000        # the first 10,000 usable pairs of Pick-a-Pic v2, and its test prompts
+    python download_models.py --dataset sayakpaul/pickapic_v2_webdataset 10000       # of another data set on the hub
     python download_models.py --check                # are all files still what was fetched? Needs no network
 
 Each model gets a folder named after the scripts' flag for it: models/pickscore is for --pickscore. Only the files that the
@@ -86,7 +87,7 @@ SOURCES = {
 }
 JUDGES = ("pickscore", "pickscore-processor", "hpsv2", "clip")
 # Streamed, not fetched whole: 335 GB. No commit is known to us; the run keeps to the one that it found first.
-PICKAPIC = Source("yuvalkirstain/pickapic_v2", "main", kind="dataset")
+PICKAPIC = Source("yuvalkirstain/pickapic_v2", "main", optional=("test_unique",), kind="dataset")
 # The settings that take what is fetched here; pickapic's pairs are train_dipo.py's --dataset.
 SCRIPTS = {
     "hasty_sample.py": ("base_model", "dpo_unet", "vae", "parti", "pickapic"),
@@ -100,11 +101,11 @@ class Settings:
     output_dir: str = "models"
     """where everything goes, a folder for each model"""
     all: bool = False
-    """everything but Pick-a-Pic"""
+    """everything but pairs"""
     only: tuple[Literal[(*SOURCES, "pickapic")], ...] | None = None
     """fetch (or, with --check, check) these only"""
-    dataset: int | None = None
-    """save the first N usable pairs of Pick-a-Pic v2 (a winner, pictures that can be read) as parquet, in its own columns"""
+    dataset: tuple[int] | tuple[str, int] | None = None
+    """N, or NAME N: save the first N usable pairs of Pick-a-Pic v2, or of NAME on the hub, as parquet in its own columns"""
     revision: str = ""
     """a branch, tag or commit instead of those in SOURCES: main is the newest"""
     check: bool = False
@@ -113,8 +114,10 @@ class Settings:
 
 def check_flags(s: Settings) -> None:
     """Raises UserError for a command that cannot be meant."""
-    if s.dataset is not None and s.dataset < 1:
-        raise UserError(f"--dataset {s.dataset}: use 1 or more")
+    if s.dataset and s.dataset[-1] < 1:
+        raise UserError(f"--dataset {s.dataset[-1]}: use 1 or more")
+    if s.dataset and source_of(s.dataset).repo.count("/") != 1:
+        raise UserError(f"--dataset {s.dataset[0]}: not a data set's name on the hub, as owner/name")
     if s.only == ():
         raise UserError(f"--only: name what to fetch or check: {', '.join(SOURCES)}")
     if s.all and s.only:
@@ -140,24 +143,31 @@ def output_folder(name: str):
         raise DownloadError(f"{name}: {hub.brief(e)}; put that right, or give another folder with --output-dir") from e
 
 
+def source_of(dataset: tuple[int] | tuple[str, int]) -> Source:
+    return PICKAPIC if len(dataset) == 1 else Source(dataset[0], "main", kind="dataset")
+
+
+def command(root: Path, *flags: str) -> str:
+    place = () if str(root) == Settings.output_dir else ("--output-dir", str(root))
+    return shlex.join(["python", "download_models.py", *flags, *place])
+
+
 def check(root: Path, names: tuple[str, ...]) -> None:
     """Compare what root holds with SHA256SUMS, reporting each model; DownloadError if anything is wrong or missing."""
     sums = checksums.read_sums(root)
     if not sums:
-        raise DownloadError(f"{root}: holds nothing that was fetched whole; fetch it with python download_models.py")
-    begun = [p.name for p in root.iterdir() if p.name in (*SOURCES, "pickapic") and p.is_dir()]
+        raise DownloadError(f"{root}: holds nothing that was fetched whole; fetch it with {command(root)}")
+    begun = [p.name for p in root.glob("*/") if p.name in (*SOURCES, "pickapic") or (p / "state.json").exists()]
     wrong = [name for name in names or sorted({*sums, *begun}) if not checksums.report(root / name, sums.get(name))]
     if not wrong:
         return
-    command = ["python", "download_models.py"]
-    if models := [name for name in wrong if name != "pickapic"]:
-        command += ["--only", *models]
-    if "pickapic" in wrong:
-        pairs = pickapic.pairs_in(pickapic.read_state(root / "pickapic"))
-        command += ["--dataset", str(pairs or "N")]
-    if str(root) != Settings.output_dir:
-        command += ["--output-dir", str(root)]
-    raise DownloadError(f"not as fetched: {', '.join(wrong)}; fetch again with {shlex.join(command)}")
+    models = [name for name in wrong if name in SOURCES]
+    flags = ["--only", *models] if models else []
+    if data := [name for name in wrong if name not in SOURCES]:
+        state = pickapic.read_state(root / data[0])
+        repo = [] if data[0] == "pickapic" else [state.get("repo", "NAME")]
+        flags += ["--dataset", *repo, str(pickapic.pairs_in(state) or "N")]
+    raise DownloadError(f"not as fetched: {', '.join(wrong)}; fetch again with {command(root, *flags)}")
 
 
 def find_model(root: Path, name: str, revision: str) -> Snapshot:
@@ -168,12 +178,14 @@ def find_model(root: Path, name: str, revision: str) -> Snapshot:
     return snapshot
 
 
-def check_room(root: Path, snapshots: list[Snapshot], pairs: int) -> None:
+def check_room(root: Path, snapshots: list[Snapshot], dataset: tuple | None) -> None:
     """Print what is to be fetched and how much room there is for it; DownloadError where that is too little."""
     needed = sum(snapshot.size - snapshot.arrived for snapshot in snapshots)
-    if pairs:
-        new = max(pairs - pickapic.pairs_in(pickapic.read_state(root / "pickapic")), 0)
-        print(f"pickapic: {pairs} pairs, {new} of them new, from {PICKAPIC.repo}", flush=True)
+    if dataset:
+        source, wanted = source_of(dataset), dataset[-1]
+        name = pickapic.folder_name(source)
+        new = max(wanted - pickapic.pairs_in(pickapic.read_state(root / name)), 0)
+        print(f"{name}: {wanted} pairs, {new} of them new, from {source.repo}", flush=True)
         needed += new * pickapic.BYTES_PER_PAIR
     free = shutil.disk_usage(root).free
     print(f"to fetch: {readable(needed)}; free on the disk of {root.absolute()}: {readable(free)}", flush=True)
@@ -184,25 +196,15 @@ def check_room(root: Path, snapshots: list[Snapshot], pairs: int) -> None:
         )
 
 
-def fetch_pairs(root: Path, wanted: int, revision: str) -> None:
-    """Save pairs of Pick-a-Pic into root/pickapic, and their checksums. Raises DownloadError."""
-    folder = root / "pickapic"
-    state = pickapic.save_pairs(PICKAPIC, folder, wanted, revision)
-    checksums.write_sums(root, "pickapic", {file: x["sha256"] for file, x in state["files"].items()})
-    pairs = pickapic.pairs_in(state)
-    end = "" if pairs >= wanted else ", all that there are"
-    print(f"pickapic: {pairs} pairs{end} in {folder}, from commit {state['commit'][:8]}", flush=True)
-
-
-def print_use(root: Path) -> None:
-    """Print the lines that point the scripts to what is in root."""
+def print_use(root: Path, dataset: str) -> None:
+    """Print the lines that point the scripts to what is in root, train_dipo.py to the pairs in the folder dataset."""
     # Scripts look for relative paths in the current folder and in their own.
     near = not root.is_absolute() and Path.cwd() == Path(__file__).resolve().parent
     base = root if near else root.absolute()
     there = checksums.read_sums(root)
     paths = {name.replace("-", "_"): (base / name).as_posix() for name in (*SOURCES, "pickapic") if name in there}
-    if "pickapic" in paths:
-        paths["dataset"] = paths["pickapic"]
+    if dataset in there:
+        paths["dataset"] = (base / dataset).as_posix()
     if not paths:
         return
     print("\nTo use them, paste these lines into a script's Settings, below its model paths (a name's last line counts):\n")
@@ -229,12 +231,12 @@ def main(s: Settings) -> None:
             for name in dict.fromkeys(names):
                 with hub.noted(failed):
                     snapshots.append(find_model(root, name, s.revision))
-            check_room(root, snapshots, s.dataset or 0)
+            check_room(root, snapshots, s.dataset)
             hub.fetch_all(snapshots, failed)
             if s.dataset:
                 with hub.noted(failed):
-                    fetch_pairs(root, s.dataset, s.revision)
-            print_use(root)
+                    pickapic.fetch_pairs(root, source_of(s.dataset), s.dataset[-1], s.revision)
+            print_use(root, pickapic.folder_name(source_of(s.dataset) if s.dataset else PICKAPIC))
     if failed:
         # Each failure has been printed when it came.
         sys.exit(1)

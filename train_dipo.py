@@ -14,9 +14,9 @@ steps with hasty_sample.py. The defaults are the paper's: SDXL 1.0, Pick-a-Pic, 
     python train_dipo.py --output-dir models/dipo --resume               # go on after Ctrl-C, SIGTERM or kill -9
     python hasty_sample.py --dpo-unet models/dipo                        # sample the result; --dpo-lora for a LoRA
 
-To use other models or data, edit the paths at the top of Settings or pass them as flags. Data are a hub data set or
-parquet files with Pick-a-Pic's columns: jpg_0, jpg_1 (encoded pictures), caption, label_0 (1: jpg_0 wins, 0: jpg_1 wins,
-anything else: a tie, not used).
+To use other models or data, edit the paths at the top of Settings or pass them as flags. Data are a hub data set, or files
+with the columns of one that SCHEMAS in dipo/schemas.py knows: Pick-a-Pic's jpg_0, jpg_1 (encoded pictures), caption, label_0
+(1: jpg_0 wins, 0: jpg_1 wins, anything else: a tie, not used); prompt, chosen, rejected; HPDv2's, HPDv3's, ImageReward's.
 
 SIGTERM and Ctrl-C end a run with a checkpoint. accelerate launch kills its processes 30 seconds after them, which may be too
 soon for all of SDXL; newer versions of torch wait for as many seconds as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
@@ -49,9 +49,10 @@ from dipo.cli import Stopped, UserError
 from dipo.devices import DTYPES, claimed, on_cpu
 from dipo.files import writable_folder
 from dipo.models import fitted, load_part, pipeline_class, ready
-from dipo.pairs import check_usable, make_loader, open_dataset, quiet_data
+from dipo.pairs import check_usable, make_loader, quiet_data
 from dipo.prompts import read_prompts
 from dipo.results import base_pictures, plot_metrics, save_result, validate
+from dipo.schemas import open_dataset, pairs_of
 from dipo.settings import completed
 
 
@@ -62,7 +63,11 @@ class Settings:
     vae: str = "madebyollin/sdxl-vae-fp16-fix"
     """VAE that stays finite in fp16: a folder, a file or a hub name; empty (and for SD 1.5 and 2.1): the base model's own"""
     dataset: str = "yuvalkirstain/pickapic_v2"
-    """preference pairs: a hub name, a parquet file or a folder of them (those named train*, if there are any)"""
+    """preference pairs: a hub name, a file (parquet, arrow, tar, jsonl, json) or a folder of them"""
+    dataset_split: str = "train"
+    """the part to train on; of a folder, the files named so, if there are any"""
+    ranked_pairs: Literal["all", "best-worst"] = "all"
+    """of several pictures ranked for a prompt: every pair of them, or the best and the worst"""
 
     demo: bool = False
     """train the small model of assets/demo on its own pairs, with the settings in DEMO where these are left alone"""
@@ -383,15 +388,18 @@ def main(s: Settings) -> None:
     quiet_data()
     out = writable_folder(s.output_dir)
     accelerator = open_accelerator(s, out)
-    rows = None if read_note(s.cache_dir).get("complete") else open_dataset(s.dataset)
+    rows = find = None
+    if not read_note(s.cache_dir).get("complete"):
+        rows = open_dataset(s.dataset, s.dataset_split)
+        find = pairs_of(rows, s.dataset, s.dataset_split, s.ranked_pairs)
     with claimed(out, accelerator), training.out_of_memory_told(s.train_batch_size):
         checkpoint, progress = checkpoints.find_progress(s, out, accelerator)
         if rows is not None:
-            check_usable(rows, s.dataset)
+            check_usable(rows, find, s.dataset)
         tell_rates(s, accelerator)
 
         pipe = load_models(s, accelerator.device, s.dtype)
-        pairs, left_out = open_pairs(s, rows, pipe, accelerator)
+        pairs, left_out = open_pairs(s, rows, find, pipe, accelerator)
         model, optimizer, reference = wrap(s, pipe, accelerator)
         if checkpoint:
             pairs.load(checkpoints.load_checkpoint(accelerator, checkpoint))

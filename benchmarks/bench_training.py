@@ -38,6 +38,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import train_dipo
+from dipo import schemas
 from dipo.cli import UserError, first_line
 from dipo.devices import clock
 from dipo.files import find_path
@@ -99,7 +100,9 @@ def reference_way(s: Settings, model: str, pairs: Path, device: torch.device) ->
         unet.parameters(), lr=1e-5, weight_decay=0.01, scale_parameter=False, relative_step=False
     )
     scaler, schedule = torch.amp.GradScaler(device.type, enabled=cuda), DDPMScheduler.from_config(pipe.scheduler.config)
-    rows, rates = pd.read_parquet(pairs).to_dict("records"), []
+    table = schemas.open_dataset(str(pairs))
+    find = schemas.pairs_of(table, str(pairs))
+    rows, rates = [pair for row in table for pair in find(row)[0]], []
     for step in tqdm(range(s.steps), desc="reference", leave=False):
         start = clock(device)
         for i in range(s.effective_batch_size):

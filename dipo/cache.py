@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dipo.cli import UserError
 from dipo.devices import claimed
 from dipo.files import writable_folder, write_text, written_whole
-from dipo.pairs import Pairs, pairs_of, random_draws, read_pair, stream
+from dipo.pairs import Pairs, random_draws, read_pair, stream
 from dipo.training import CACHED, encode_captions, encode_pictures, picture_size
 
 CACHE_SHARD = 256
@@ -33,9 +33,9 @@ def read_note(cache_dir: str) -> dict:
         return {}
 
 
-def open_pairs(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator) -> tuple[Pairs, dict]:
+def open_pairs(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator) -> tuple[Pairs, dict]:
     """This process's pairs, of the cache (filled first, where that is to be done) or of rows themselves, and how many of the
-    cache's were left out, by reason."""
+    cache's were left out, by reason. find: dipo.schemas.pairs_of's."""
     resolution = picture_size(s, pipe)
     side = resolution // pipe.vae_scale_factor
     draws = functools.partial(
@@ -47,8 +47,8 @@ def open_pairs(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator) -> tu
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     if not s.cache_dir:
         read = functools.partial(read_pair, resolution=resolution)
-        return Pairs(rows, pairs_of, read, draws, s.seed, s.shuffle_buffer, limit=s.max_train_pairs, **place), {}
-    note = filled(s, rows, pipe, accelerator, resolution)
+        return Pairs(rows, find, read, draws, s.seed, s.shuffle_buffer, limit=s.max_train_pairs, **place), {}
+    note = filled(s, rows, find, pipe, accelerator, resolution)
     rows = stream(sorted(Path(s.cache_dir).expanduser().glob("*.parquet")))
     read = functools.partial(read_cached, shapes=note["shapes"], dtype=pipe.vae.dtype)
     left_out = {k: note["counts"][k] for k in ("ties", "unreadable")}
@@ -60,7 +60,7 @@ def read_cached(row: dict, shapes: dict[str, list[int]], dtype: torch.dtype) -> 
     return {k: torch.frombuffer(bytearray(row[k]), dtype=dtype).reshape(shape) for k, shape in shapes.items()}
 
 
-def filled(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator, resolution: int) -> dict:
+def filled(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator, resolution: int) -> dict:
     """Encode every usable pair once, on all processes. Returns what cache.json then holds. Raises UserError for a cache of
     other data, models or settings, and for one that another run is filling. A finished one is read only, by any number."""
     with contextlib.ExitStack() as stack:
@@ -70,7 +70,7 @@ def filled(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator, resolutio
         note = agreed_note(s, pipe, accelerator, resolution)
         if note.get("complete"):
             return note
-        encode_all(s, rows, pipe, accelerator, resolution)
+        encode_all(s, rows, find, pipe, accelerator, resolution)
         accelerator.wait_for_everyone()
         records = [shard_record(path) for path in folder.glob("*.parquet")]
         counts = {k: sum(x["counts"][k] for x in records) for k in ("pairs", "ties", "unreadable")}
@@ -100,12 +100,12 @@ def agreed_note(s, pipe: DiffusionPipeline, accelerator: Accelerator, resolution
     return note
 
 
-def encode_all(s, rows, pipe: DiffusionPipeline, accelerator: Accelerator, resolution: int) -> None:
+def encode_all(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator, resolution: int) -> None:
     """Write the shards of CACHE_SHARD pairs in the data's order that are not there yet, number k on process k % world, so
     that any number of processes goes on. Pairs that cannot be read are left out."""
     folder, rank = Path(s.cache_dir).expanduser(), accelerator.process_index
     limit = s.max_train_pairs or sys.maxsize  # with one the data are one lane
-    pairs = Pairs(rows, pairs_of, None, None, s.seed, shuffle_buffer=1, limit=limit)
+    pairs = Pairs(rows, find, None, None, s.seed, shuffle_buffer=1, limit=limit)
     read = functools.partial(read_pair, resolution=resolution)
     paths = (folder / f"{k:06d}.parquet" for k in itertools.count())
     if whole := list(itertools.takewhile(Path.exists, paths)):

@@ -2,22 +2,21 @@
 
 import collections
 import math
-import re
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 
-from dipo.cli import UserError, first_line
-from dipo.files import find_path
+from dipo.cli import UserError
 from dipo.pictures import open_picture
 
-COLUMNS = ("jpg_0", "jpg_1", "caption", "label_0")
 # Where a block of a lane begins: as many pairs lie before it in this epoch (first) and in all.
 START = {"epoch": 0, "block": 0, "first": 0, "before": 0, "rows": None}
 
@@ -29,48 +28,14 @@ def quiet_data() -> None:
     warnings.filterwarnings("ignore", message=".*set_vital.*")
 
 
-def open_dataset(name: str) -> datasets.IterableDataset:
-    """The preference pairs as a stream of rows with COLUMNS, pictures still encoded; UserError if there is none."""
-    path = find_path(name)
-    if not path and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise UserError(f"--dataset {name!r}: no such file or folder; give parquet files or a hub name, or try --demo")
-    try:
-        rows = stream(parquet_files(path)) if path else datasets.load_dataset(name, split="train", streaming=True)
-        columns = rows.column_names or list(next(iter(rows)))
-    except UserError:
-        raise
-    except Exception as e:
-        raise UserError(f"--dataset {name}: cannot be loaded ({first_line(e)[:200]}); use parquet files or --demo") from e
-    if missing := [c for c in COLUMNS if c not in columns]:
-        raise UserError(f"--dataset {name}: lacks the column {missing[0]}; its columns are {', '.join(columns)}")
-    rows = rows.select_columns(list(COLUMNS))
-    for column in COLUMNS[:2]:
-        if rows.features and isinstance(rows.features[column], datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    return rows
-
-
-def parquet_files(path) -> list:
-    """The file itself, or those in a folder: named train* where there are any. UserError for none."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    if not files:
-        raise UserError(f"--dataset {path}: no .parquet file in it")
-    return [f for f in files if f.name.startswith("train")] or files
-
-
 def stream(files: list) -> datasets.IterableDataset:
     return datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=True)
 
 
-def check_usable(rows: datasets.IterableDataset, name: str) -> None:
-    """UserError unless at least one pair has a winner and two pictures that can be read."""
+def check_usable(rows: datasets.IterableDataset, pairs_of, name: str) -> None:
+    """UserError unless at least one pair has two pictures that can be read."""
     if not any(read_pair(pair, 8) for row in rows for pair in pairs_of(row)[0]):
         raise UserError(f"--dataset {name}: no usable pair in it; all are ties or unreadable")
-
-
-def pairs_of(row: dict) -> tuple[list[dict], int]:
-    """The pairs that a row holds, and how many ties besides."""
-    return ([row], 0) if row["label_0"] in (0, 1) else ([], 1)
 
 
 def read_picture(value: bytes | dict, resolution: int) -> np.ndarray:
@@ -79,15 +44,24 @@ def read_picture(value: bytes | dict, resolution: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR))
 
 
-def read_pair(row: dict, resolution: int) -> dict | None:
-    """A row of the data set as {"pixels": uint8 (2, resolution, resolution, 3), the winner first, "caption": str}; None
-    where a picture cannot be read."""
-    first, second = COLUMNS[:2] if row["label_0"] == 1 else COLUMNS[1::-1]
+def stored(picture: bytes | dict | str) -> bytes:
+    """The bytes of a picture that dipo.schemas.pairs_of names, out of its file where it is in one."""
+    if isinstance(picture, dict) and picture["bytes"] is None:
+        with fsspec.open(picture["path"]) as f:
+            return f.read()
+    if isinstance(picture, str):
+        return Path(picture).read_bytes()
+    return picture["bytes"] if isinstance(picture, dict) else picture
+
+
+def read_pair(pair: dict, resolution: int) -> dict | None:
+    """A pair of dipo.schemas.pairs_of as {"pixels": uint8 (2, resolution, resolution, 3), the winner first, "caption": str};
+    None where a picture cannot be read."""
     try:
-        pixels = np.stack([read_picture(row[first], resolution), read_picture(row[second], resolution)])
+        pixels = np.stack([read_picture(stored(pair[k]), resolution) for k in ("winner", "loser")])
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, Image.DecompressionBombError):
         return None
-    return {"pixels": torch.from_numpy(pixels), "caption": row["caption"] or ""}
+    return {"pixels": torch.from_numpy(pixels), "caption": pair["caption"]}
 
 
 def random_draws(key: tuple[int, ...], latent_shape: tuple[int, ...], train_timesteps: int, caption_dropout: float) -> dict:

@@ -1,14 +1,18 @@
-"""The first usable pairs of Pick-a-Pic, streamed into parquet files: a run that was stopped goes on, damage is made good."""
+"""The first usable pairs of a hub data set, streamed into parquet files: a run that was stopped goes on, damage is made
+good."""
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
 
+from huggingface_hub.errors import RepositoryNotFoundError
 from tqdm import tqdm
 
-from dipo.checksums import DownloadError, File, damage, sha256
+from dipo.checksums import DownloadError, File, damage, sha256, write_sums
+from dipo.cli import UserError
 from dipo.files import write_text, written_whole
 from dipo.hub import RepositoryError, Source, explain, repo_info
 
@@ -18,8 +22,8 @@ BYTES_PER_PAIR = 340_000
 
 
 def read_state(folder: Path) -> dict:
-    """What earlier runs have of Pick-a-Pic: the commit, and of each whole file its pairs, its SHA-256 and the position in
-    the stream behind it. Empty where that cannot be read."""
+    """What earlier runs have of a data set: the repository, its commit, and of each whole file its pairs, its SHA-256 and
+    the position in the stream behind it. Empty where that cannot be read."""
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         named = all(re.fullmatch(r"train-\d{5}\.parquet|test_unique\.parquet", file) for file in state["files"])
@@ -28,20 +32,24 @@ def read_state(folder: Path) -> dict:
     return {"commit": None, "files": {}}
 
 
+def folder_name(source: Source) -> str:
+    return "pickapic" if source.optional else source.repo.replace("/", "--")
+
+
 def pairs_in(state: dict) -> int:
     return sum(x["pairs"] for x in state["files"].values())
 
 
-def read_pairs(rows, position: dict | None, wanted: int, bar: tqdm):
+def read_pairs(rows, find, position: dict | None, wanted: int, bar: tqdm):
     """The next wanted rows of a stream behind a position that train_dipo.py can use, in lists of PAIRS_PER_FILE, each with
-    the position behind it; fewer where the stream ends."""
+    the position behind it; fewer where the stream ends. find: of dipo.schemas.pairs_of."""
     from dipo.pairs import read_pair
 
     if position:
         rows.load_state_dict(position)
     pairs, left_out = [], 0
     for row in rows:
-        if row["label_0"] not in (0, 1) or read_pair(row, 8) is None:
+        if all(read_pair(pair, 8) is None for pair in find(row)[0]):
             left_out += 1
             bar.set_postfix_str(f"{left_out} left out", refresh=False)
             continue
@@ -68,9 +76,20 @@ def save_file(folder: Path, state: dict, file: str, rows: list[dict], features, 
     write_text(folder / "state.json", json.dumps(state))
 
 
+def fetch_pairs(root: Path, source: Source, wanted: int, revision: str) -> None:
+    """Save pairs into a folder of root, and their checksums. Raises DownloadError."""
+    name = folder_name(source)
+    state = save_pairs(source, root / name, wanted, revision)
+    write_sums(root, name, {file: x["sha256"] for file, x in state["files"].items()})
+    pairs = pairs_in(state)
+    end = "" if pairs >= wanted else ", all that there are"
+    print(f"{name}: {pairs} pairs{end} in {root / name}, from commit {state['commit'][:8]}", flush=True)
+
+
 def save_pairs(source: Source, folder: Path, wanted: int, revision: str) -> dict:
-    """Stream the first wanted usable pairs into folder/train-00000.parquet and so on, and the captions of the test set into
-    test_unique.parquet. Whole files of earlier runs are kept, damaged ones made again. Returns the state, as read_state.
+    """Stream the first wanted usable pairs into folder/train-00000.parquet and so on, and the captions of Pick-a-Pic's test
+    set into test_unique.parquet. Whole files of earlier runs are kept, damaged ones made again. Returns the state, as
+    read_state.
 
     Raises RepositoryError for what is wrong with the data set, DownloadError for the disk and the connection."""
     try:
@@ -80,13 +99,36 @@ def save_pairs(source: Source, folder: Path, wanted: int, revision: str) -> dict
             commit = repo_info(source, revision or source.revision).sha
             if state["commit"] not in (None, commit):
                 raise RepositoryError(f"{folder}: holds pairs of commit {state['commit']}; delete it, or omit --revision")
-            state["commit"] = commit
+            state |= {"commit": commit, "repo": source.repo}
         stream_into(folder, state, source, wanted)
+    except RepositoryError as e:
+        if isinstance(e.__cause__, RepositoryNotFoundError):
+            from dipo.schemas import OTHERS
+
+            raise RepositoryError(f"{e}; {OTHERS}") from e
+        raise
     except DownloadError:
         raise
+    except UserError as e:
+        raise RepositoryError(str(e)) from e
     except Exception as e:
         raise explain(e, source) from e
     return state
+
+
+def open_train(stream, repo: str, commit: str):
+    """The rows of the training split, or of the first where there is none of that name, and what finds their pairs."""
+    import datasets
+
+    from dipo.schemas import encoded, failure, pairs_of
+
+    try:
+        splits = datasets.get_dataset_split_names(repo, revision=commit)
+        rows = encoded(stream(split="train" if "train" in splits else splits[0]))
+    except (RuntimeError, ValueError) as e:
+        # What datasets says of a repository that it has, but cannot read.
+        raise UserError(f"--dataset {repo}: {failure(repo, None, e)}") from e
+    return rows, pairs_of(rows, repo)
 
 
 def stream_into(folder: Path, state: dict, source: Source, wanted: int) -> None:
@@ -97,22 +139,23 @@ def stream_into(folder: Path, state: dict, source: Source, wanted: int) -> None:
     files, save = state["files"], functools.partial(save_file, folder, state)
     stream = functools.partial(datasets.load_dataset, source.repo, streaming=True, revision=state["commit"])
     bad = [file for file, x in files.items() if damage(folder, File(file, None, x["sha256"]))]
-    if "test_unique.parquet" not in files or "test_unique.parquet" in bad:
+    if source.optional and ("test_unique.parquet" not in files or "test_unique.parquet" in bad):
         captions = stream(split="test_unique", columns=["caption"])
         save("test_unique.parquet", list(captions), captions.features, None)
     train = sorted(file for file in files if file.startswith("train-"))
     behind = [None, *(files[file]["position"] for file in train)]
     again = {file: position for file, position in zip(train, behind, strict=False) if file in bad}
     more = max(wanted - pairs_in(state), 0)
-    with tqdm(total=more + sum(files[file]["pairs"] for file in again), desc="Pick-a-Pic", unit=" pairs") as bar:
+    with tqdm(total=more + sum(files[file]["pairs"] for file in again), desc=source.repo, unit=" pairs") as bar:
         for file, before in again.items():
-            rows = stream(split="train")
-            pairs, position = next(read_pairs(rows, before, files[file]["pairs"], bar))
+            rows, find = open_train(stream, source.repo, state["commit"])
+            pairs, position = next(read_pairs(rows, find, before, files[file]["pairs"], bar))
             save(file, pairs, rows.features, position)
         if more:
-            rows = stream(split="train")
-            for pairs, position in read_pairs(rows, behind[-1], more, bar):
-                save(f"train-{len(files) - 1:05d}.parquet", pairs, rows.features, position)
+            rows, find = open_train(stream, source.repo, state["commit"])
+            number = itertools.count(len(train))
+            for pairs, position in read_pairs(rows, find, behind[-1], more, bar):
+                save(f"train-{next(number):05d}.parquet", pairs, rows.features, position)
     for path in folder.glob("train-[0-9][0-9][0-9][0-9][0-9].parquet"):
         if path.name not in files:
             path.unlink()

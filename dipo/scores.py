@@ -16,6 +16,7 @@ from dipo.cli import UserError, first_line
 from dipo.devices import DTYPES
 from dipo.files import csv_text, fingerprint, written_whole
 from dipo.judges import Judge
+from dipo.models import quiet_libraries
 from dipo.pictures import UNREADABLE, open_picture
 
 
@@ -49,6 +50,7 @@ class Scores:
 
     def load_judges(self) -> list[Judge]:
         """The judges, their weights read, to the CPU for the time being."""
+        quiet_libraries()
         for judge in self.judges:
             if judge.model is None:
                 judge.load(self.dtype)

@@ -12,10 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,7 +29,7 @@ import compare_quality as cq
 import download_models as dm
 import hasty_sample as hs
 import train_dipo as td
-from dipo import checksums, cli, files, pairs
+from dipo import checksums, cli, files, pairs, schemas
 from dipo import hub as dipo_hub
 
 REPO = {name: source.repo for name, source in dm.SOURCES.items()}
@@ -380,7 +382,8 @@ def test_no_network(download, hub, tmp_path):
 
 def test_check_needs_no_network(download, hub, tmp_path):
     code, _, err = download("--check")
-    assert code == 1 and "holds nothing that was fetched whole" in err
+    assert code == 1 and err.endswith("holds nothing that was fetched whole; fetch it with python download_models.py")
+    assert download("--check", "--output-dir", "x")[2].endswith("fetch it with python download_models.py --output-dir x")
     assert download("--only", "vae", "hpsv2")[0] == 0
     (tmp_path / "models/vae/config.json").unlink()
     (tmp_path / "models/clip").mkdir()
@@ -489,6 +492,9 @@ def test_two_runs_at_once(download, hub, tmp_path):
         ("--dataset", 0),
         ("--output-dir", ""),
         ("--dataset", "x"),
+        ("--dataset", "x", 5),
+        ("--dataset", "some/pairs"),
+        ("--dataset", "some/pairs", 0),
     ],
 )
 def test_wrong_commands(arguments, run):
@@ -543,9 +549,11 @@ def test_first_usable_pairs(download, pickapic, hub, tmp_path):
     }
     pd.testing.assert_frame_equal(saved_pairs(folder), pickapic[:10].reset_index(drop=True))
     assert pd.read_parquet(folder / "test_unique.parquet").to_dict("list") == {"caption": ["a cat", "a dog"]}
-    rows = list(pairs.open_dataset(str(folder)))
-    assert [row["caption"] for row in rows] == pickapic.caption[:10].tolist() and set(rows[0]) == set(pairs.COLUMNS)
-    assert all(pairs.read_pair(row, 8) is not None for row in rows)
+    rows = list(schemas.open_dataset(str(folder)))
+    assert [row["caption"] for row in rows] == pickapic.caption[:10].tolist()
+    assert set(rows[0]) == set(schemas.SCHEMAS[0].columns)
+    find = schemas.pairs_of(rows, str(folder))
+    assert all(pairs.read_pair(pair, 8) is not None for row in rows for pair in find(row)[0])
     # 10 of the usable rows are in the first two files: the third is not touched.
     assert not any("train-00002" in path and "/resolve/" in path for _, path, _ in hub.requests)
     assert download("--check")[:2] == (0, "pickapic: 4 files, none damaged or missing\n")
@@ -604,8 +612,115 @@ def test_more_pairs_than_there_are(download, pickapic, hub, tmp_path):
 
 
 def test_missing_data_set(download, hub):
+    """The line names others, one of which is then fetched in its own columns; the same run again fetches nothing."""
     code, _, err = download("--dataset", 5)
     assert code == 1 and err.count("error:") == 1 and dm.PICKAPIC.repo in err and "no such repository" in err
+    assert "sayakpaul/pickapic_v2_webdataset" in err and "MizzenAI/HPDv3" in err and "kashif/pickascore" in err
+
+
+def on_hub(hub, repo: str, files: dict):
+    hub.repos["datasets"][repo] = files
+
+
+def test_pairs_of_another_data_set(download, hub, tmp_path):
+    """Columns with Image features, in a split of another name; one row of twelve has a broken picture."""
+    features = datasets.Features(
+        {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
+    )
+    rows = [
+        {"prompt": f"{i}", **{k: {"bytes": picture(2 * i + j), "path": None} for j, k in enumerate(("chosen", "rejected"))}}
+        for i in range(12)
+    ]
+    rows[3]["rejected"]["bytes"] = b"no picture"
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "all.parquet")
+    on_hub(hub, "some/pairs", {"data/validation-00000-of-00001.parquet": (tmp_path / "all.parquet").read_bytes()})
+    first = "pickapic.PAIRS_PER_FILE = 4"
+    assert download("--dataset", "some/pairs", 3, first=first)[0] == 0
+    code, out, err = download("--dataset", "some/pairs", 9, first=first)
+    assert code == 0 and not err and "some--pairs: 9 pairs, 6 of them new, from some/pairs" in out
+    assert 'dataset: str = "' in out and out.count("some--pairs/") == 0 and "/models/some--pairs\n" in out
+    folder = tmp_path / "models/some--pairs"
+    assert files_in(folder) == {"state.json", *(f"train-0000{i}.parquet" for i in range(3))}
+    got = schemas.open_dataset(str(folder))
+    found = [pair for row in got for pair in schemas.pairs_of(got, str(folder))(row)[0]]
+    wanted = [row for i, row in enumerate(rows) if i != 3][:9]
+    assert [p["caption"] for p in found] == [row["prompt"] for row in wanted]
+    assert [p["winner"]["bytes"] for p in found] == [row["chosen"]["bytes"] for row in wanted]
+    assert [p["loser"]["bytes"] for p in found] == [row["rejected"]["bytes"] for row in wanted]
+    hub.requests.clear()
+    assert download("--dataset", "some/pairs", 9)[0] == 0 and hub.requests == []
+    (folder / "train-00001.parquet").write_bytes(b"damage")
+    code, _, err = download("--check")
+    assert code == 1 and err.endswith(
+        "not as fetched: some--pairs; fetch again with python download_models.py --dataset some/pairs 9"
+    )
+    assert download("--dataset", "some/pairs", 9, first=first)[0] == 0 and download("--check")[0] == 0
+    assert [row["prompt"] for row in schemas.open_dataset(str(folder))] == [row["prompt"] for row in wanted]
+
+
+def test_webdataset_on_the_hub(download, hub, tmp_path):
+    """Pick-a-Pic's tars are streamed, ties left out."""
+    on_hub(hub, "some/tars", {"00000.tar": pickapic_tar(["1.0", "0.5", "0.0", "1.0"])})
+    code, out, err = download("--dataset", "some/tars", 5)
+    assert code == 0 and not err and "some--tars: 3 pairs, all that there are" in out
+    folder = tmp_path / "models/some--tars"
+    assert [row["original_prompt.txt"] for row in schemas.open_dataset(str(folder))] == ["0", "2", "3"]
+
+
+def pickapic_tar(labels: list[str]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for i, label in enumerate(labels):
+            files = {"original_prompt.txt": str(i).encode(), "jpg_0.jpg": picture(2 * i), "jpg_1.jpg": picture(2 * i + 1)}
+            for name, data in (files | {"label_0.txt": label.encode()}).items():
+                member = tarfile.TarInfo(f"{i}.{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"train.json": b'[{"prompt": "a", "path1": "x/1.jpg", "path2": "x/2.jpg"}]'},
+            "hf download some/data --repo-type dataset",
+        ),
+        (
+            {"data.py": b"# a loading script"},
+            "no longer supported, but found data.py); fetch it (hf download",
+        ),
+        ({"train.jsonl": b'{"text": "a", "url": "b"}\n'}, "its columns (text, url) are none of those known: jpg_0,"),
+    ],
+)
+def test_data_sets_that_cannot_be_streamed(files, said, download, hub):
+    on_hub(hub, "some/data", files)
+    code, _, err = download("--dataset", "some/data", 5)
+    assert code == 1 and err.count("error:") == 1 and said in err
+
+
+def test_training_on_a_hub_name(hub, tmp_path):
+    """open_dataset streams it, and says which split there is, or which others there are."""
+    on_hub(hub, "some/tars", {"validation/00000.tar": pickapic_tar(["1.0", "0.0"])})
+    code = """
+from dipo import cli, schemas
+for name, split in (("some/tars", "validation"), ("some/tars", "train"), ("gone/gone", "train")):
+    try:
+        rows = schemas.open_dataset(name, split)
+        find = schemas.pairs_of(rows, name, split)
+        print([len(find(row)[0]) for row in rows])
+    except cli.UserError as e:
+        print(e)
+"""
+    known = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment = known | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    right, split, gone = done.stdout.splitlines()
+    assert right == "[1, 1]"
+    assert (
+        split.startswith("--dataset some/tars: cannot be loaded (") and "validation" in split and "--dataset-split" in split
+    )
+    assert gone.startswith("--dataset gone/gone: cannot be loaded (") and schemas.OTHERS in gone
 
 
 # ------------------------------------------------------------------------------------------------------------------- use

@@ -32,7 +32,8 @@ from safetensors import SafetensorError
 import train_dipo as td
 from dipo import cache, checkpoints, training
 from dipo.cli import UserError
-from dipo.pairs import Pairs, make_loader, open_dataset, pairs_of, random_draws, read_pair, read_picture
+from dipo.pairs import Pairs, make_loader, random_draws, read_pair, read_picture
+from dipo.schemas import open_dataset, pairs_of
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +185,9 @@ def test_the_winner_comes_first_whatever_its_column_and_ties_are_dropped(tmp_pat
     labels = [1.0, 0.0, 0.5, 1.0, 0.0, None]
     rows = [{"jpg_0": jpeg(red), "jpg_1": jpeg(blue), "caption": f"{i}", "label_0": v} for i, v in enumerate(labels)]
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
-    pairs = Pairs(open_dataset(str(tmp_path)), pairs_of, lambda row: read_pair(row, 32), lambda key: {}, 0, 1)
+    stream = open_dataset(str(tmp_path))
+    find = pairs_of(stream, str(tmp_path))
+    pairs = Pairs(stream, find, lambda row: read_pair(row, 32), lambda key: {}, 0, 1)
     visits, ties, _ = next(pairs.batches(4))
     items = [pairs.item(*x) for x in visits]
     assert [x["caption"] for x in items] == ["0", "1", "3", "4"]
@@ -263,7 +266,12 @@ def read_number(row):
     return {"n": row["n"]}
 
 
-def take(rows, n, batch=1, world=1, workers=0, positions=None, of=pairs_of, read=read_number, buffer=7, **options):
+def by_label(row):
+    """A row with a winner as its only pair."""
+    return ([row], 0) if row["label_0"] in (0, 1) else ([], 1)
+
+
+def take(rows, n, batch=1, world=1, workers=0, positions=None, of=by_label, read=read_number, buffer=7, **options):
     """The next n pairs of all processes together, as (n, key), how many were left out, and the positions behind them."""
     got, left_out, behind = [collections.deque() for _ in range(world)], np.zeros(2, int), []
     for rank in range(world):
@@ -280,7 +288,7 @@ def take(rows, n, batch=1, world=1, workers=0, positions=None, of=pairs_of, read
     return [got[i % world].popleft() for i in range(first, first + n)], left_out.tolist(), behind
 
 
-def plain_order(rows, n, count, size, of=pairs_of, limit=None, shuffled=True):
+def plain_order(rows, n, count, size, of=by_label, limit=None, shuffled=True):
     """The first n pairs and their keys, from lists."""
 
     def lane(k):
@@ -407,7 +415,7 @@ def test_pictures_are_scaled_and_cut_about_their_centre():
     cut = read_picture(jpeg(picture), 64)
     assert cut.shape == (64, 64, 3) and (cut[..., 2] > 200).mean() > 0.95
     assert read_picture({"bytes": jpeg(picture), "path": None}, 8).shape == (8, 8, 3)
-    assert read_pair({"jpg_0": jpeg(picture)[:200], "jpg_1": jpeg(picture), "caption": "", "label_0": 1}, 8) is None
+    assert read_pair({"winner": jpeg(picture)[:200], "loser": jpeg(picture), "caption": ""}, 8) is None
 
 
 def test_random_draws_depend_on_their_key_alone():
@@ -858,7 +866,7 @@ def bad_dataset(folder, kind):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("column", "lacks the column label_0"),
+        ("column", "are none of those known: jpg_0, jpg_1, label_0, caption; "),
         ("ties", "no usable pair in it"),
         ("unreadable", "no usable pair in it"),
         ("text", "cannot be loaded"),

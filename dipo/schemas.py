@@ -1,0 +1,229 @@
+"""Data sets of preferences as streams of rows, known by their columns, and the pairs of pictures in a row."""
+
+import functools
+import itertools
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+
+from dipo.cli import UserError, first_line
+from dipo.files import find_path
+
+
+class Schema(NamedTuple):
+    """Columns that hold pairs: two pictures and a label, two of which the first is better, or a list of them and ranks."""
+
+    name: str
+    pictures: tuple[str, ...]  # the columns of both, or the one that holds a list
+    choice: str  # label (1: the first is better, 0: the second), ranks (1 is best), or "" where the order says it
+    caption: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(c for c in (*self.pictures, self.choice, self.caption) if c)
+
+
+SCHEMAS = (
+    Schema("Pick-a-Pic", ("jpg_0", "jpg_1"), "label_0", "caption"),
+    Schema("Pick-a-Pic as webdataset", ("jpg_0.jpg", "jpg_1.jpg"), "label_0.txt", "original_prompt.txt"),
+    Schema("HPDv3", ("path1", "path2"), "", "prompt"),
+    Schema("pairs", ("chosen", "rejected"), "", "prompt"),
+    Schema("imagefolder of pairs", ("chosen_file_name", "rejected_file_name"), "", "prompt"),
+    Schema("HPDv2", ("image_path",), "human_preference", "prompt"),
+    Schema("HPDv2", ("file_path",), "human_preference", "prompt"),
+    Schema("HPDv2's test, ImageRewardDB", ("image_path",), "rank", "prompt"),
+    Schema("ImageReward", ("generations",), "ranking", "prompt"),
+)
+# Not needed, and used where they are there: whether a row of Pick-a-Pic was labelled; whose pictures one row each ranks.
+OPTIONAL = ("has_label", "prompt_id")
+OTHERS = (
+    "pairs are known to be in sayakpaul/pickapic_v2_webdataset, liuhuohuo2/pick-a-pic-v2, pickapic-anonymous/pickapic_v1, "
+    "kashif/pickascore (--dataset-split validation), data-is-better-together/open-image-preferences-v1-binarized; and, "
+    "fetched and unpacked, in MizzenAI/HPDv3, ymhao/HPDv2, zai-org/ImageRewardDB"
+)
+# What datasets calls the kinds of files, in the order in which a folder is searched for them.
+BUILDERS = {"parquet": "parquet", "arrow": "arrow", "tar": "webdataset", "jsonl": "json", "json": "json"}
+# The first look: so many rows at most, of which more than one in a hundred must hold a pair.
+LOOK = 1000
+
+
+def open_dataset(name: str, split: str = "train") -> datasets.IterableDataset:
+    """A hub data set, file or folder as a stream of rows with the columns of one of SCHEMAS, pictures still encoded.
+    Raises UserError where there is none, or none that is known."""
+    path = find_path(name)
+    if not path and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise UserError(f"--dataset {name!r}: no such file or folder; give files or a hub name, or try --demo")
+    try:
+        if path:
+            files = find_files(path, split)
+            kind, names = BUILDERS[files[0].suffix[1:].lower()], [str(f) for f in files]
+            rows = datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
+        else:
+            rows = datasets.load_dataset(name, split=split, streaming=True)
+        columns = columns_of(rows)
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"--dataset {name}: {failure(name, path, e)}") from e
+    schema = find_schema(columns, name)
+    rows = encoded(rows.select_columns([*schema.columns, *(c for c in OPTIONAL if c in columns)]))
+    return grouped(rows, schema) if schema.choice == "rank" and "prompt_id" in columns else rows
+
+
+def find_files(path: Path, split: str) -> list[Path]:
+    """The file itself, or those of one kind in a folder: named like the split where there are any. UserError for none."""
+    if path.is_file():
+        if path.suffix[1:].lower() not in BUILDERS:
+            raise UserError(f"--dataset {path}: not one of .{', .'.join(BUILDERS)}, nor a folder of them")
+        return [path]
+    if (path / "metadata.jsonl").is_file():
+        return [path / "metadata.jsonl"]
+    there = sorted(f for f in path.rglob("*.*") if f.suffix[1:] in BUILDERS and not f.name.startswith((".", "cache-")))
+    files = next(filter(None, ([f for f in there if f.suffix == f".{kind}"] for kind in BUILDERS)), [])
+    # Pick-a-Pic has test_unique beside test.
+    like = re.compile(rf"(^|[-_./\\]){re.escape(split)}(?!_unique)")
+    named = [f for f in files if like.search(str(f.relative_to(path)))]
+    if not files:
+        raise UserError(f"--dataset {path}: no .{', .'.join(BUILDERS)} file in it")
+    if not named and split != "train":
+        raise UserError(f"--dataset {path}: no file is named like --dataset-split {split}, as {files[0].name} is not")
+    return named or files
+
+
+def failure(name: str, path: Path | None, e: Exception) -> str:
+    """Why a data set cannot be loaded, and what to do."""
+    said = first_line(e)[:200]
+    if path:
+        return f"cannot be loaded ({said}); use whole files of one kind, or --demo"
+    if isinstance(e, FileNotFoundError | ConnectionError):
+        return f"cannot be loaded ({said}); {OTHERS}; or give files of your own, or try --demo"
+    if "split" in said:
+        return f"cannot be loaded ({said}); give another --dataset-split"
+    return f"cannot be streamed ({said}); {to_fetch(name)}"
+
+
+def to_fetch(name: str) -> str:
+    return f"fetch it (hf download {name} --repo-type dataset --local-dir FOLDER), unpack it there and give FOLDER"
+
+
+def columns_of(rows: datasets.IterableDataset) -> list[str]:
+    return rows.column_names or list(next(iter(rows), {}))
+
+
+def find_schema(columns: list[str], name: str) -> Schema:
+    """The first of SCHEMAS whose columns are there, or UserError."""
+    for schema in SCHEMAS:
+        if {*schema.columns} <= {*columns}:
+            return schema
+    known = "; ".join(", ".join(schema.columns) for schema in SCHEMAS)
+    raise UserError(f"--dataset {name}: its columns ({', '.join(columns) or 'none'}) are none of those known: {known}")
+
+
+def encoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    """The same rows, with pictures as they are stored: {"bytes": ..., "path": ...}."""
+    return rows.decode(False) if rows.features else rows
+
+
+def grouped(rows: datasets.IterableDataset, schema: Schema) -> datasets.IterableDataset:
+    """ImageRewardDB's metadata, which has a row for each picture, as a row for each prompt."""
+    groups = {}
+    for row in rows:
+        group = groups.setdefault(row["prompt_id"], {schema.caption: row[schema.caption], "image_path": [], "rank": []})
+        group["image_path"].append(row["image_path"])
+        group["rank"].append(row["rank"])
+    return datasets.Dataset.from_list([*groups.values()]).to_iterable_dataset()
+
+
+def pairs_of(
+    rows: datasets.IterableDataset, name: str, split: str = "train", ranked_pairs: str = "all"
+) -> Callable[[dict], tuple[list[dict], int]]:
+    """A function, fit for other processes, from a row of open_dataset to its pairs, {"winner": picture, "loser": picture,
+    "caption": str} each, and how many ties are in it (1 for a row that cannot be used). A picture is bytes, a dict of bytes
+    and path, or a path. Of a ranked group, all pairs or the best against the worst.
+
+    Looks at the first rows. UserError where these are nearly all ties, or name pictures that are not there to be read."""
+    first = next(iter(rows), None)
+    if first is None:
+        raise UserError(f"--dataset {name}: has no rows")
+    schema, folder = find_schema([*first], name), None
+    if isinstance(example := next(iter(group_of(first, schema)[0]), None), str):
+        folder = picture_folder(name, split, example)
+    find = functools.partial(pairs_in, schema=schema, folder=folder, ranked_pairs=ranked_pairs)
+    seen = found = 0
+    labels = []
+    for row in itertools.islice(rows, LOOK):
+        pairs, _ = find(row)
+        if folder and any(None in pair.values() for pair in pairs):
+            raise UserError(f"--dataset {name}: row {seen} names a picture outside {folder}; put it inside")
+        seen, found = seen + 1, found + bool(pairs)
+        labels.append(str(row.get(schema.choice)))
+        if found > LOOK // 100:
+            return find
+    if seen >= 50 and found < seen / 100:
+        raise UserError(
+            f"--dataset {name}: {seen - found} of the first {seen} rows are ties or have no label; {schema.choice} is "
+            f"{', '.join(labels[:5])} ..., where {'ranks' if len(schema.pictures) == 1 else '1 or 0'} are wanted"
+        )
+    return find
+
+
+def picture_folder(name: str, split: str, example: str) -> Path:
+    """The folder that the file names in rows start from. UserError for what is on the hub: files in archives."""
+    path = find_path(name)
+    if not path:
+        raise UserError(f"--dataset {name}: its rows name files of pictures, which cannot be streamed; {to_fetch(name)}")
+    beside = find_files(path, split)[0].parent
+    places = [path] * path.is_dir() + [beside, beside / split]
+    return next((place for place in places if (place / example).is_file()), places[0])
+
+
+def group_of(row: dict, schema: Schema) -> tuple[list, list[float]]:
+    """The pictures of a row and their ranks, the lowest best and equal ones ties, whatever the schema."""
+    choice = row.get(schema.choice)
+    if len(schema.pictures) == 1:
+        sign = -1 if schema.choice == "human_preference" else 1
+        ranked = [(p, number(r)) for p, r in zip(row[schema.pictures[0]] or (), choice or (), strict=False)]
+        ranked = [(p, sign * r) for p, r in ranked if r is not None]
+        return [p for p, _ in ranked], [r for _, r in ranked]
+    label = number(choice) if schema.choice else 1
+    usable = number(row.get("has_label")) != 0
+    return [row[c] for c in schema.pictures], {1: [1, 2], 0: [2, 1]}.get(label, [1, 1]) if usable else [1, 1]
+
+
+def number(value) -> float | None:
+    """A label or rank as a number, also where it is text; None for anything else."""
+    try:
+        value = float({"true": 1, "false": 0}.get(str(value).strip().lower(), value))
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def pairs_in(row: dict, schema: Schema, folder: Path | None, ranked_pairs: str) -> tuple[list[dict], int]:
+    """The pairs of a row, and how many ties; as pairs_of says."""
+    pictures, ranks = group_of(row, schema)
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)
+    both = list(itertools.combinations(order, 2))
+    if ranked_pairs == "best-worst" and both:
+        both = [(order[0], order[-1])]
+    pictures = [located(p, folder) for p in pictures]
+    pairs = [
+        {"winner": pictures[i], "loser": pictures[j], "caption": row[schema.caption] or ""}
+        for i, j in both
+        if ranks[i] < ranks[j]
+    ]
+    return pairs, max(len(both), 1) - len(pairs)
+
+
+def located(picture, folder: Path | None):
+    """A picture as it is, or, for a file name, its path in the folder; None where the name leads out of that."""
+    if not isinstance(picture, str):
+        return picture
+    inside = os.path.normpath(picture)
+    outside = folder is None or os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir
+    return None if outside else str(folder / inside)
