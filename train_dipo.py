@@ -50,7 +50,7 @@ from dipo.files import writable_folder
 from dipo.models import load_part, quiet_libraries, ready
 from dipo.pairs import check_usable, make_loader, open_dataset, quiet_data
 from dipo.prompts import read_prompts
-from dipo.results import base_pictures, plot_metrics, save_result, validate
+from dipo.results import base_pictures, check_upload, plot_metrics, save_result, upload_result, validate
 from dipo.settings import completed
 
 
@@ -127,6 +127,8 @@ class Settings:
     """log to Weights & Biases besides TensorBoard"""
     save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """precision of the saved UNet or LoRA (checkpoints are always fp32)"""
+    push_to_hub: str = ""
+    """upload the result to this hub repository, owner/name (private if new)"""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -381,6 +383,8 @@ def main(s: Settings) -> None:
     quiet_data()
     out = writable_folder(s.output_dir)
     accelerator = open_accelerator(s, out)
+    if s.push_to_hub and accelerator.is_main_process:
+        check_upload(s.push_to_hub)
     rows = None if read_note(s.cache_dir).get("complete") else open_dataset(s.dataset)
     with claimed(out, accelerator), training.out_of_memory_told(s.train_batch_size):
         checkpoint, progress = checkpoints.find_progress(s, out, accelerator)
@@ -410,7 +414,9 @@ def main(s: Settings) -> None:
         stopped = train(s, accelerator, pipe, model, reference, optimizer, loader, progress, prompts, out)
         if not stopped:
             release(s, accelerator, pipe, model, progress, out)
-    accelerator.end_training()
+        accelerator.end_training()
+        if s.push_to_hub and not stopped and accelerator.is_main_process:
+            upload_result(s, out, progress["step"])
     if stopped:
         raise Stopped(stopped)
 
