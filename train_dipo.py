@@ -51,7 +51,7 @@ from dipo.files import writable_folder
 from dipo.models import fitted, load_part, pipeline_class, ready
 from dipo.pairs import check_usable, make_loader, quiet_data
 from dipo.prompts import read_prompts
-from dipo.results import base_pictures, plot_metrics, save_result, validate
+from dipo.results import base_pictures, check_upload, plot_metrics, save_result, upload_result, validate
 from dipo.schemas import open_dataset, pairs_of
 from dipo.settings import completed
 
@@ -133,6 +133,8 @@ class Settings:
     """log to Weights & Biases besides TensorBoard"""
     save_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """precision of the saved UNet or LoRA (checkpoints are always fp32)"""
+    push_to_hub: str = ""
+    """upload the result to this hub repository, owner/name (private if new)"""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -388,6 +390,8 @@ def main(s: Settings) -> None:
     quiet_data()
     out = writable_folder(s.output_dir)
     accelerator = open_accelerator(s, out)
+    if s.push_to_hub and accelerator.is_main_process:
+        check_upload(s.push_to_hub)
     rows = find = None
     if not read_note(s.cache_dir).get("complete"):
         rows = open_dataset(s.dataset, s.dataset_split)
@@ -419,7 +423,9 @@ def main(s: Settings) -> None:
         stopped = train(s, accelerator, pipe, model, reference, optimizer, pairs, progress, prompts, out)
         if not stopped:
             release(s, accelerator, pipe, model, progress, out)
-    accelerator.end_training()
+        accelerator.end_training()
+        if s.push_to_hub and not stopped and accelerator.is_main_process:
+            upload_result(s, out, progress["step"])
     if stopped:
         raise Stopped(stopped)
 

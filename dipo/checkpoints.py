@@ -27,7 +27,7 @@ STEP = "step-" + "[0-9]" * 7
 MAY_CHANGE = ("output_dir", "resume", "demo", "max_train_steps", "learning_rate", "scale_lr", "beta_dpo", "weight_decay")
 MAY_CHANGE += ("max_grad_norm", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_prompts", "device")
 MAY_CHANGE += ("max_mse_ratio", "wandb", "save_dtype", "gradient_checkpointing", "lr_warmup_steps", "train_batch_size")
-MAY_CHANGE += ("num_workers",)
+MAY_CHANGE += ("num_workers", "push_to_hub")
 
 
 def checksum(path: Path) -> int:

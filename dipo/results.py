@@ -1,6 +1,7 @@
-"""What a training run leaves: validation pictures, loss.png, the trained weights with their settings and a model card."""
+"""What a training run leaves: validation pictures, loss.png, weights with settings and a model card; its upload."""
 
 import math
+import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +17,11 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 
+from dipo.cli import UserError
 from dipo.devices import DTYPES
 from dipo.files import find_path, write_text, written_whole
 from dipo.grids import save_grids
+from dipo.hub import brief, clean
 from dipo.models import decode
 from dipo.training import autocast, picture_size
 
@@ -101,10 +104,10 @@ def save_result(s, out: Path, unet: UNet2DConditionModel, weights: dict, summary
 
 
 def model_card(s, summary: dict) -> str:
-    kind, flag = "UNet", "--dpo-unet"
-    use = f'pipe.unet = UNet2DConditionModel.from_pretrained("{s.output_dir}", subfolder="unet")'
+    kind, flag, name = "UNet", "--dpo-unet", s.push_to_hub or s.output_dir
+    use = f'pipe.unet = UNet2DConditionModel.from_pretrained("{name}", subfolder="unet")'
     if s.lora_rank:
-        kind, flag, use = "LoRA", "--dpo-lora", f'pipe.load_lora_weights("{s.output_dir}")'
+        kind, flag, use = "LoRA", "--dpo-lora", f'pipe.load_lora_weights("{name}")'
     data = huggingface_hub.ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -117,6 +120,53 @@ def model_card(s, summary: dict) -> str:
         f"---\n{data.to_yaml()}\n---\n\n# {kind} trained with Diffusion-DPO\n\n"
         f"Trained by train_dipo.py from {s.base_model} on {s.dataset}: {summary['steps']} steps of {s.effective_batch_size} "
         "pairs. Made to be sampled by DDIM in 20 to 50 steps:\n\n"
-        f'```bash\npython hasty_sample.py --base-model {s.base_model} --vae "{s.vae}" {flag} {s.output_dir}\n```\n\n'
+        f'```bash\npython hasty_sample.py --base-model {s.base_model} --vae "{s.vae}" {flag} {name}\n```\n\n'
         f"or with diffusers, `{use}` and a `DDIMScheduler`.\n\n| setting | value |\n|---|---|\n{rows}\n"
     )
+
+
+def check_upload(name: str) -> None:
+    """UserError unless name is owner/name, and the hub knows a token that is here and may write for that owner."""
+    flag = f"--push-to-hub {name}"
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+        owner, repo = name.split("/")
+    except ValueError as e:
+        raise UserError(f"{flag}: is not the name of a hub repository; give owner/name") from e
+    if huggingface_hub.is_offline_mode():
+        raise UserError(f"{flag}: HF_HUB_OFFLINE is set; unset it, or leave the upload for later")
+    if not huggingface_hub.get_token():
+        raise UserError(f"{flag}: there is no token here; log in with `hf auth login`, or set HF_TOKEN")
+    try:
+        me = huggingface_hub.whoami()
+    except Exception as e:
+        raise UserError(
+            f"{flag}: {clean(huggingface_hub.constants.ENDPOINT)} does not take the token ({brief(e)}); look at HF_TOKEN"
+        ) from e
+    role = me.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise UserError(
+            f"{flag}: the token may only read; make one that may write, at https://huggingface.co/settings/tokens"
+        )
+    owners = [me["name"], *(org["name"] for org in me.get("orgs", []))]
+    # What a fine-grained token may do is the hub's to judge.
+    if role == "write" and owner.lower() not in [x.lower() for x in owners]:
+        raise UserError(f"{flag}: the token may not write there; give {' or '.join(f'{x}/{repo}' for x in owners)}")
+
+
+def upload_result(s, out: Path, step: int) -> None:
+    """What a finished run leaves to the hub repository, without checkpoints, cache and TensorBoard's events. UserError
+    where that fails, with the command that does it later."""
+    files = ["pytorch_lora_weights.safetensors" if s.lora_rank else "unet/*", "README.md", "settings.yaml", "metrics.csv"]
+    files += ["loss.png", f"validation/step-{step:07d}*.png"]
+    try:
+        url = huggingface_hub.create_repo(s.push_to_hub, private=True, exist_ok=True)
+        what = {"allow_patterns": files, "commit_message": f"train_dipo.py, {step} steps"}
+        huggingface_hub.upload_folder(repo_id=s.push_to_hub, folder_path=out, **what)
+    except Exception as e:
+        command = ["hf", "upload", s.push_to_hub, str(out), ".", "--private", *(f"--include={x}" for x in files)]
+        raise UserError(
+            f"--push-to-hub {s.push_to_hub}: not uploaded ({brief(e)}); the result is kept in {out}, upload it with "
+            f"{shlex.join(command)}"
+        ) from e
+    print(f"{out}: uploaded to {url}")

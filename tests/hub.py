@@ -1,6 +1,8 @@
 """A small hub on the loopback interface, which speaks as much of huggingface.co's protocol as its Python clients use:
-repository information, trees, files with ranges, large files by redirect; and which can fail in the ways a hub fails."""
+repository information, trees, files with ranges, large files by redirect, uploads without Xet; and which can fail in the
+ways a hub fails."""
 
+import base64
 import hashlib
 import json
 import re
@@ -11,6 +13,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = (".safetensors", ".bin", ".pt", ".parquet")
 REPO = r"/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)"
+UPLOADS = r"/api/(?P<what>repos/create|validate-yaml)|/api/models/(?P<repo>[^/]+/[^/]+)/(?P<step>preupload|commit)/main"
+UPLOADS += r"|/(?P<batch>[^/]+/[^/]+)\.git/info/lfs/objects/batch"
 
 
 def git_sha1(data: bytes) -> str:
@@ -25,6 +29,8 @@ class Hub:
     refuse_storage where these are redirected to. refusals: how many requests are refused so; None: all.
     pause: seconds between pieces of 64 KB. requests: (method, path, range) of all that was asked; authorizations: (path,
     header).
+    users: {token: what /api/whoami-v2 says of its owner}; who is there may create repositories under that name and upload.
+    private: repositories that were created so. breaks: how many uploads of large files break off in the middle.
     """
 
     def __init__(self, models: dict, datasets: dict | None = None):
@@ -33,6 +39,7 @@ class Hub:
         self.refuse, self.refuse_files, self.refuse_storage, self.refusals = {}, {}, {}, None
         self.revisions = {"main"}
         self.pause, self.requests, self.authorizations = 0.0, [], []
+        self.users, self.private, self.breaks, self.uploaded = {}, set(), 0, {}
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
@@ -64,14 +71,20 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer()
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def answer(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlsplit(self.path)
         path = unquote(url.path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         self.hub.authorizations.append((path, self.headers.get("Authorization")))
+        if path.startswith("/upload/"):
+            return self.store(path.removeprefix("/upload/"))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if path == "/api/whoami-v2":
+            return self.send_json(self.user()) if self.user() else self.refuse(401, "")
+        if found := re.fullmatch(UPLOADS, path):
+            return self.upload(body, **found.groupdict())
         if found := re.fullmatch(rf"/large{REPO}/(?P<file>.+)", path):
             if (refused := self.hub.refuse_storage.get(found["repo"])) and self.still():
                 return self.refuse(*refused)
@@ -194,9 +207,76 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[at : at + (1 << 16)])
             time.sleep(self.hub.pause)
 
-    def send_json(self, value):
+    def user(self) -> dict | None:
+        """Who asks."""
+        return self.hub.users.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
+
+    def upload(self, body, what, repo, step, batch):
+        if what == "validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        lines = [json.loads(line) for line in body.splitlines()]
+        if what:
+            repo = f"{lines[0]['organization']}/{lines[0]['name']}"
+        repo, repos = repo or batch, self.hub.repos["models"]
+        if repo in self.hub.refuse and self.still():
+            return self.refuse(*self.hub.refuse[repo])
+        if self.user() is None or repo.split("/")[0] != self.user()["name"]:
+            return self.refuse(403 if self.user() else 401, "")
+        if what:
+            there = repo in repos
+            if not there and (lines[0].get("private") or lines[0].get("visibility") == "private"):
+                self.hub.private.add(repo)
+            repos.setdefault(repo, {})
+            return self.send_json({"url": f"{self.hub.url}/{repo}"}, 409 if there else 200)
+        if repo not in repos:
+            return self.refuse(404, "RepoNotFound")
+        answer = {"preupload": self.preupload, "commit": self.receive_commit}.get(step, self.lfs_batch)
+        return self.send_json(answer(repos[repo], lines, repo))
+
+    def preupload(self, files, lines, repo):
+        """For each file whether it is large, and the checksum that the repository has of it."""
+        answers = []
+        for path in (file["path"] for file in lines[0]["files"]):
+            large, data = path.endswith(LARGE), files.get(path)
+            oid = None if data is None else hashlib.sha256(data).hexdigest() if large else git_sha1(data)
+            mode = "lfs" if large else "regular"
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return {"files": answers}
+
+    def lfs_batch(self, files, lines, repo):
+        """Where each large file that is not in the storage yet is to be sent."""
+        objects = [{"oid": x["oid"], "size": x["size"]} for x in lines[0]["objects"]]
+        for x in objects:
+            if x["oid"] not in self.hub.uploaded:
+                x["actions"] = {"upload": {"href": f"{self.hub.url}/upload/{x['oid']}"}}
+        return {"transfer": "basic", "objects": objects}
+
+    def store(self, oid):
+        length = int(self.headers["Content-Length"])
+        if self.hub.breaks:
+            self.hub.breaks -= 1
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            return self.connection.close()
+        data = self.rfile.read(length)
+        right = hashlib.sha256(data).hexdigest() == oid
+        if right:
+            self.hub.uploaded[oid] = data
+        return self.send_json({}, 200 if right else 400)
+
+    def receive_commit(self, files, lines, repo):
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.uploaded[value["oid"]]
+        commit = self.hub.commit(repo)
+        return {"commitUrl": f"{self.hub.url}/{repo}/commit/{commit}", "commitOid": commit, "pullRequestUrl": None}
+
+    def send_json(self, value, status=200):
         data = json.dumps(value).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
