@@ -18,7 +18,6 @@ from dipo.files import find_path
 class Schema(NamedTuple):
     """Columns that hold pairs: two pictures and a label, two of which the first is better, or a list of them and ranks."""
 
-    name: str
     pictures: tuple[str, ...]  # the columns of both, or the one that holds a list
     choice: str  # label (1: the first is better, 0: the second), ranks (1 is best), or "" where the order says it
     caption: str
@@ -27,17 +26,21 @@ class Schema(NamedTuple):
     def columns(self) -> tuple[str, ...]:
         return tuple(c for c in (*self.pictures, self.choice, self.caption) if c)
 
+    @property
+    def is_ranked(self) -> bool:
+        return len(self.pictures) == 1
+
 
 SCHEMAS = (
-    Schema("Pick-a-Pic", ("jpg_0", "jpg_1"), "label_0", "caption"),
-    Schema("Pick-a-Pic as webdataset", ("jpg_0.jpg", "jpg_1.jpg"), "label_0.txt", "original_prompt.txt"),
-    Schema("HPDv3", ("path1", "path2"), "", "prompt"),
-    Schema("pairs", ("chosen", "rejected"), "", "prompt"),
-    Schema("imagefolder of pairs", ("chosen_file_name", "rejected_file_name"), "", "prompt"),
-    Schema("HPDv2", ("image_path",), "human_preference", "prompt"),
-    Schema("HPDv2", ("file_path",), "human_preference", "prompt"),
-    Schema("HPDv2's test, ImageRewardDB", ("image_path",), "rank", "prompt"),
-    Schema("ImageReward", ("generations",), "ranking", "prompt"),
+    Schema(("jpg_0", "jpg_1"), "label_0", "caption"),  # Pick-a-Pic
+    Schema(("jpg_0.jpg", "jpg_1.jpg"), "label_0.txt", "original_prompt.txt"),  # Pick-a-Pic as webdataset
+    Schema(("chosen", "rejected"), "", "prompt"),  # trl
+    Schema(("chosen_file_name", "rejected_file_name"), "", "prompt"),  # datasets' imagefolder
+    Schema(("path1", "path2"), "", "prompt"),  # HPDv3
+    Schema(("image_path",), "human_preference", "prompt"),  # HPDv2
+    Schema(("file_path",), "human_preference", "prompt"),  # HPDv2, as its README has it
+    Schema(("image_path",), "rank", "prompt"),  # HPDv2's test set; ImageRewardDB
+    Schema(("generations",), "ranking", "prompt"),  # ImageReward's repository
 )
 # Not needed, and used where they are there: whether a row of Pick-a-Pic was labelled; whose pictures one row each ranks.
 OPTIONAL = ("has_label", "prompt_id")
@@ -150,24 +153,23 @@ def pairs_of(
     first = next(iter(rows), None)
     if first is None:
         raise UserError(f"--dataset {name}: has no rows")
-    schema, folder = find_schema([*first], name), None
-    if isinstance(example := next(iter(group_of(first, schema)[0]), None), str):
-        folder = picture_folder(name, split, example)
+    schema = find_schema([*first], name)
+    example = next(iter(group_of(first, schema)[0]), None)
+    folder = picture_folder(name, split, example) if isinstance(example, str) else None
     find = functools.partial(pairs_in, schema=schema, folder=folder, ranked_pairs=ranked_pairs)
-    seen = found = 0
-    labels = []
+    labels, found = [], 0
     for row in itertools.islice(rows, LOOK):
         pairs, _ = find(row)
         if folder and any(None in pair.values() for pair in pairs):
-            raise UserError(f"--dataset {name}: row {seen} names a picture outside {folder}; put it inside")
-        seen, found = seen + 1, found + bool(pairs)
+            raise UserError(f"--dataset {name}: row {len(labels)} names a picture outside {folder}; put it inside")
         labels.append(str(row.get(schema.choice)))
+        found += bool(pairs)
         if found > LOOK // 100:
             return find
-    if seen >= 50 and found < seen / 100:
+    if len(labels) >= 50 and found < len(labels) / 100:
         raise UserError(
-            f"--dataset {name}: {seen - found} of the first {seen} rows are ties or have no label; {schema.choice} is "
-            f"{', '.join(labels[:5])} ..., where {'ranks' if len(schema.pictures) == 1 else '1 or 0'} are wanted"
+            f"--dataset {name}: {len(labels) - found} of the first {len(labels)} rows are ties or have no label; "
+            f"{schema.choice} is {', '.join(labels[:5])} ..., where {'ranks' if schema.is_ranked else '1 or 0'} are wanted"
         )
     return find
 
@@ -185,7 +187,7 @@ def picture_folder(name: str, split: str, example: str) -> Path:
 def group_of(row: dict, schema: Schema) -> tuple[list, list[float]]:
     """The pictures of a row and their ranks, the lowest best and equal ones ties, whatever the schema."""
     choice = row.get(schema.choice)
-    if len(schema.pictures) == 1:
+    if schema.is_ranked:
         sign = -1 if schema.choice == "human_preference" else 1
         ranked = [(p, number(r)) for p, r in zip(row[schema.pictures[0]] or (), choice or (), strict=False)]
         ranked = [(p, sign * r) for p, r in ranked if r is not None]

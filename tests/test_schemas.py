@@ -139,7 +139,7 @@ def test_prompt_chosen_rejected(tmp_path):
 
 
 def test_a_folder_that_datasets_saved(tmp_path):
-    """save_to_disk's arrow files, also of several splits, and with pictures in files beside them."""
+    """save_to_disk's arrow files, also of several splits, without what datasets has cached among them."""
     pictures(tmp_path, "a0.png", "a1.png")
     rows = [{"prompt": "p", "chosen": str(tmp_path / "a0.png"), "rejected": str(tmp_path / "a1.png")}]
     features = datasets.Features(prompt=TEXT, chosen=PICTURE, rejected=PICTURE)
@@ -147,9 +147,21 @@ def test_a_folder_that_datasets_saved(tmp_path):
     saved.save_to_disk(tmp_path / "one")
     other = datasets.Dataset.from_list(trl(2), features=features)
     datasets.DatasetDict({"train": saved, "validation": other}).save_to_disk(tmp_path / "two")
+    (tmp_path / "one/cache-0123456789abcdef.arrow").write_bytes((tmp_path / "one/data-00000-of-00001.arrow").read_bytes())
     assert read(tmp_path / "one") == read(tmp_path / "two") == ([("p", *FIRST)], 0)
     assert read(tmp_path / "two", "validation") == ([("0", *FIRST), ("1", *FIRST)], 0)
     assert read(tmp_path / "one/data-00000-of-00001.arrow") == ([("p", *FIRST)], 0)
+
+
+def test_pictures_in_all_their_forms(tmp_path):
+    """Bytes, with a path or without, and the path alone, as streams of the hub's folders of pictures have it."""
+    pictures(tmp_path, "a0.png")
+    path = str(tmp_path / "a0.png")
+    for form in (GOOD, {"bytes": GOOD, "path": None}, {"bytes": None, "path": path}, path):
+        pixels = read_pair({"winner": form, "loser": BAD, "caption": ""}, 8)["pixels"]
+        assert tuple(pixels[:, 0, 0, 0].tolist()) == FIRST
+    for form in (None, {"bytes": None, "path": None}, {"bytes": None, "path": "gone.png"}, "gone.png", b"", b"x"):
+        assert read_pair({"winner": form, "loser": BAD, "caption": ""}, 8) is None
 
 
 @pytest.mark.parametrize("keys", [("chosen", "rejected"), ("chosen_file_name", "rejected_file_name")])

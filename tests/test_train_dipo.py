@@ -725,6 +725,22 @@ def test_a_cache_is_finished_by_any_number_of_processes_and_refused_for_other_se
     assert code == 2 and "an older version did not finish it" in err
 
 
+def test_training_on_a_folder_of_pictures(train, tmp_path):
+    """And what a way of pairing that is not there says."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for i, row in enumerate(make_rows(8, seed=1)):
+        for k in ("jpg_0", "jpg_1"):
+            (folder / f"{i}-{k}.jpg").write_bytes(row[k])
+        rows.append({"prompt": row["caption"], "chosen": f"{i}-jpg_0.jpg", "rejected": f"{i}-jpg_1.jpg"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, err = train("--output-dir", "out", "--max-train-steps", 1, "--dataset", folder)
+    assert code == 0 and "1 steps, 0 ties and 1 unreadable pairs left out" in out, err
+    code, _, err = train("--output-dir", "other", "--dataset", folder, "--ranked-pairs", "some")
+    assert code == 2 and "'all', 'best-worst'" in err
+
+
 def test_first_pairs_only(train, tmp_path, readable_file):
     flags = ("--max-train-steps", 4, "--max-train-pairs", 8, "--dataset", readable_file)
     code, _, err = train("--output-dir", "out", *flags)
