@@ -4,10 +4,12 @@ latents are those of diffusers' own pipelines."""
 import json
 import shutil
 
+import open_clip
 import pytest
 import torch
+import transformers
 from conftest import DEMO, ROOT
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from helpers import PROMPTS, SAMPLERS, demo_settings, latents, load, script
 from original import original_vae, save_original, small_pipeline
 from safetensors.torch import load_file, save_file
@@ -297,3 +299,32 @@ def test_what_does_not_fit_is_said_before_a_model_is_loaded(folders, tmp_path, r
         more = () if "--dpo-unet" in flags else ("--dpo-unet", "")
         code, _, err = run("hasty_sample", "--vae", "", *flags, *more)
         assert code == 2 and message in err and len(err.splitlines()) == 1, (flags, err)
+
+
+# Of UNet, VAE and text encoders, as published.
+PARAMETERS = {
+    "sdxl": (2_567_463_684, 83_653_863, 123_060_480, 694_659_840),
+    "sd15": (859_520_964, 83_653_863, 123_060_480),
+    "sd21": (865_910_724, 83_653_863, 340_387_840),
+}
+
+
+@pytest.mark.parametrize("family", PARAMETERS)
+def test_the_shipped_configurations_are_the_published_models(family):
+    folder, found = ROOT / "assets/configs" / family, []
+    with torch.device("meta"):
+        for part, cls in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+            found.append(cls.from_config(cls.load_config(folder, subfolder=part)))
+        for part in sorted(folder.glob("text_encoder*")):
+            config = transformers.CLIPTextConfig.from_pretrained(part)
+            found.append(getattr(transformers, config.architectures[0])(config))
+    assert tuple(sum(p.numel() for p in model.parameters()) for model in found) == PARAMETERS[family]
+
+
+def test_the_shipped_vocabulary_is_clips():
+    """open_clip's own tokenizer, where nothing is filled up."""
+    ours = transformers.CLIPTokenizer.from_pretrained(ROOT / "assets/configs/tokenizer")
+    texts = ["a photo of an astronaut riding a horse, 4k", "naïve café, 東京, $100 & more!", "it's 50 % off"]
+    theirs = open_clip.get_tokenizer("ViT-H-14")(texts)
+    for text, ids in zip(texts, theirs, strict=True):
+        assert ours(text).input_ids == ids[: int(ids.argmax()) + 1].tolist()
