@@ -344,6 +344,8 @@ def test_an_epoch_is_every_usable_pair_once_in_another_order_each_time(numbers):
     assert sorted(first) == sorted(second) == [i for i in range(90) if i % 10 != 9] and first != second and ties == 18
     order, (ties, _), _ = take(numbers(16), 432)
     assert sorted(n for n, _ in order) == [i for i in range(480) if i % 10 != 9] and ties == 48
+    _, (ties, _), _ = take(numbers(1), 33, of=lambda row: ([row], 0) if row["n"] < 16 else ([], 1))
+    assert ties == 28  # those that lie behind the last block of the first and of the second epoch
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -694,9 +696,9 @@ def test_a_cache_is_finished_by_any_number_of_processes_and_refused_for_other_se
     assert list(whole) == [f"{k:06d}.parquet" for k in range(5)]
     encode_all, write_shard, killed = cache.encode_all, cache.write_shard, []
 
-    def by(ranks, world, s, rows, pipe, accelerator, resolution):
+    def by(ranks, world, s, rows, find, pipe, accelerator, resolution):
         for rank in ranks:
-            encode_all(s, rows, pipe, SimpleNamespace(process_index=rank, num_processes=world), resolution)
+            encode_all(s, rows, find, pipe, SimpleNamespace(process_index=rank, num_processes=world), resolution)
 
     def stopped(path, *rest):
         if path.name == "000002.parquet" and not killed:
