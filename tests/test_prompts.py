@@ -1,11 +1,14 @@
 """One reader for every source of prompts."""
 
+import json
+
 import pandas as pd
 import pytest
 import world
 from conftest import ROOT
 
 import Ablation_experiment
+from dipo.cli import UserError
 from dipo.prompts import by_category, read_prompts
 
 
@@ -35,6 +38,104 @@ def test_prompts_from_every_kind_of_file(kind, tmp_path):
         table.to_csv(path, index=False) if kind == "csv" else table.to_parquet(path)
     source = "parti" if kind == "parti" else str(path)
     assert read_prompts(source, parti=str(tmp_path / "parti"))["prompt"].tolist() == wanted
+
+
+TABLES = {
+    "a.tsv": ('\tPrompt\tCategory\n0\ta cat, "fat"\tx\n1\tdogs; two\ty\n', [('a cat, "fat"', "x"), ("dogs; two", "y")]),
+    "semicolons.csv": ('Prompts ; Categories\na cat, sitting;x\n"a; b";y\n', [("a cat, sitting", "x"), ("a; b", "y")]),
+    "tabs.csv": ("text\tcategory\na, b; c\tx\n", [("a, b; c", "x")]),
+    "one.csv": ('prompt\na cat, sitting\n"b, ""c"""\nd; e\n', [("a cat, sitting", ""), ('b, "c"', ""), ("d; e", "")]),
+    "blanks.csv": ('id, Caption , category\n1, "a, b", x\n', [("a, b", "x")]),
+    "two.csv": ("text,prompt\nno,yes\n", [("yes", "")]),
+    "Twice.CSV": ("Prompt,prompt\nyes,no\n", [("yes", "")]),
+    "texts.json": ('["a", " ", "b\\nc"]', [("a", ""), ("b c", "")]),
+    "objects.json": (
+        '[{"Caption": "a", "n": 1}, {"Caption": null}, {"category": "x", "Caption": "b"}]',
+        [("a", ""), ("b", "x")],
+    ),
+    "categories.json": ('{"animals": ["a", "b"], "text": ["c"]}', "lengths"),
+    "styles.json": ('{"anime": ["a", "b"], "photo": [{"prompt": "c"}]}', [("a", "anime"), ("b", "anime"), ("c", "photo")]),
+    "list.json": ('{"prompts": ["a", "b"], "version": 2}', [("a", ""), ("b", "")]),
+    "columns.json": ('{"prompt": {"0": "a", "1": "b"}, "category": {"0": "x", "1": "y"}}', [("a", "x"), ("b", "y")]),
+    "lines.jsonl": ('{"text": "a\u2028b", "id": 1}\n\n{"text": "c"}\n', [("a b", ""), ("c", "")]),
+    "texts.jsonl": ('"a"\n"b, c"\n', [("a", ""), ("b, c", "")]),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_and_json_of_others(name, encoding, tmp_path):
+    text, wanted = TABLES[name]
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    if wanted == "lengths":
+        with pytest.raises(UserError, match="same length"):
+            read_prompts(str(tmp_path / name))
+        return
+    assert list(read_prompts(str(tmp_path / name)).itertuples(index=False, name=None)) == wanted
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "json"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with its mark", "latin-1", "cp1252"])
+def test_texts_in_every_encoding(encoding, kind, tmp_path):
+    """cp1252 is latin-1 with quotation marks and such where latin-1 has control characters."""
+    wanted = {"latin-1": ["un café", "grün, größer"], "cp1252": ["‘café’ – 5 €"]}.get(encoding, ["café", "日本 🎨"])
+    lines = {"txt": wanted, "csv": ["prompt", *(f'"{x}"' for x in wanted)], "json": [json.dumps(wanted, ensure_ascii=False)]}
+    data = "\r\n".join(lines[kind])
+    data = ("\ufeff" + data).encode("utf-16-be") if "mark" in encoding else data.encode(encoding)
+    (tmp_path / f"p.{kind}").write_bytes(data)
+    assert list(read_prompts(str(tmp_path / f"p.{kind}"))["prompt"]) == wanted
+
+
+def test_a_folder_holds_files_of_every_kind(tmp_path):
+    """As HPDv2's benchmark does: a list for each style."""
+    (tmp_path / "anime.json").write_text('["a", "b"]')
+    (tmp_path / "mixed.csv").write_text("prompt,category\nc,own\nd,\n")
+    (tmp_path / "photo.txt").write_text("e\n")
+    (tmp_path / "._photo.txt").write_bytes(b"\0\x05\x16\x07")
+    (tmp_path / "notes.md").write_text("no prompt")
+    wanted = [("a", "anime"), ("b", "anime"), ("c", "own"), ("d", "mixed"), ("e", "photo")]
+    assert list(read_prompts(str(tmp_path)).itertuples(index=False, name=None)) == wanted
+    (tmp_path / "other.json").write_text('{"version": 1}')
+    with pytest.raises(UserError, match=r"cannot be read: other\.json: holds an object with version; give a list"):
+        read_prompts(str(tmp_path))
+
+
+UNREADABLE = {
+    "words.csv": ("texte;mots\na, b;c\n", "has no column prompt, prompts, .* its columns are texte, mots$"),
+    "long.csv": ("a very long line, " * 99, r"its columns are a very long line,.* \.\.\.$"),
+    "cells.csv": (
+        "prompt;category\na; b;c\n",
+        "a row has more cells than the header; put quotes around prompts with semicolons",
+    ),
+    "later.csv": ("prompt,category\na,b\na, b,c\n", "put quotes around prompts with commas"),
+    "open.csv": ('prompt,n\n"a,1\nb,2\n', "a quote is opened and never closed"),
+    "empty.csv": ("", "holds no prompt"),
+    "numbers.json": ("[1, 2]", "holds a JSON list; give a list of prompts or of objects"),
+    "nested.json": ('{"a": {"b": 1}}', "holds an object with a; give"),
+    "lists.json": ('[{"captions": ["a", "b"]}]', "the column captions holds more than one text in a row"),
+    "broken.json": ('["a", ', "cannot be read: Expecting value: line 1 column 7"),
+    "none.json": ("[]", "holds no prompt"),
+    "picture.txt": ("\x89PNG\r\n\x00", "no text in UTF-8, UTF-16 or cp1252"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_says_what_was_found(name, tmp_path):
+    text, said = UNREADABLE[name]
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=said) as error:
+        read_prompts(str(tmp_path / name))
+    assert "\n" not in str(error.value) and len(str(error.value)) < len(str(tmp_path)) + 350
+
+
+@pytest.mark.parametrize("source", ["parti", "pickapic", "hpdv2"])
+def test_a_hub_out_of_reach_is_said_in_one_line(source):
+    with pytest.raises(UserError) as error:
+        read_prompts(source, "nobody/parti", "nobody/pairs", "folder-prompts")
+    assert str(error.value) == (
+        f"--folder-prompts {source}: cannot be read: the hub is out of reach, and its cache has no copy; go online, "
+        "or give a file of prompts"
+    )
 
 
 def test_categories_come_in_turn_and_a_larger_limit_only_adds(tmp_path):
