@@ -383,7 +383,6 @@ def release(s: Settings, accelerator: Accelerator, pipe, model, progress: dict, 
 def main(s: Settings) -> None:
     s = complete(s)
     training.check_training(s)
-    s = fitted(s)
     prompts = list(VALIDATION_PROMPTS)
     if s.validation_prompts:
         prompts = list(read_prompts(s.validation_prompts, flag="validation-prompts")["prompt"][:8])
@@ -392,6 +391,7 @@ def main(s: Settings) -> None:
     accelerator = open_accelerator(s, out)
     if s.push_to_hub and accelerator.is_main_process:
         check_upload(s.push_to_hub)
+    s = fitted(s)
     rows = find = None
     if not read_note(s.cache_dir).get("complete"):
         rows = open_dataset(s.dataset, s.dataset_split)

@@ -193,11 +193,18 @@ def ready(pipe: DiffusionPipeline, s, device: torch.device, less: str = "--dtype
     """The pipeline on the device, its VAE in float32 where fp16 is too narrow for it.
 
     s: the settings that named its parts. less: a flag that takes less memory. Raises UserError for a pipeline without one of
-    its text encoders, or too little memory.
+    its text encoders, parts of different families, or too little memory.
     """
     encoders = [part for part in pipe.components if part.startswith("text_encoder")]
     if any(getattr(pipe, part) is None for part in encoders):
         raise UserError(f"--base-model {s.base_model}: lacks one of its {len(encoders)} text encoders; use a base model")
+    wanted = sum(getattr(pipe, part).config.hidden_size for part in encoders)
+    if pipe.unet.config.cross_attention_dim != wanted:
+        name = getattr(s, "dpo_unet", "") or s.base_model
+        raise UserError(
+            f"--dpo-unet {name}: made for text embeddings of {pipe.unet.config.cross_attention_dim} numbers, "
+            f"but --base-model {s.base_model} gives {wanted}; take both from the same model family"
+        )
     # What an earlier pipeline left: one that was compiled is in a circle with what was compiled.
     clear_device_cache(garbage_collection=True)
     try:
@@ -220,17 +227,11 @@ def load_config(cls, flag: str, name: str, base_model: str, subfolder: str) -> d
 
 
 def image_size(s) -> tuple[int, int]:
-    """Height and width in pixels, from the models' configurations alone; UserError unless both fit the VAE's factor, and for
-    parts of different families."""
+    """Height and width in pixels, from the models' configurations alone; UserError unless both fit the VAE's factor, and
+    for a UNet of other latents."""
     pipeline_class(s.base_model)
     vae = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")
     unet = load_config(UNet2DConditionModel, "dpo-unet", s.dpo_unet, s.base_model, "unet")
-    base = load_config(UNet2DConditionModel, "base-model", "", s.base_model, "unet")
-    if unet["cross_attention_dim"] != base["cross_attention_dim"]:
-        raise UserError(
-            f"--dpo-unet {s.dpo_unet}: made for text embeddings of {unet['cross_attention_dim']} numbers, "
-            f"but --base-model {s.base_model} gives {base['cross_attention_dim']}; take both from the same model family"
-        )
     if unet["in_channels"] != vae["latent_channels"]:
         name = s.dpo_unet or s.base_model
         raise UserError(f"{name}: its UNet takes {unet['in_channels']} channels, the VAE has {vae['latent_channels']}")
