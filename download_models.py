@@ -2,7 +2,7 @@
 
     python download_models.py                        # the judges: PickScore and its processor, HPSv2 v2.1, CLIP ViT-B/32
     python download_models.py --all                  # SDXL base (fp16), the fixed VAE, the DPO UNet and Parti prompts too
-    python download_models.py --only base-model vae  # these only
+    python download_models.py --only base-model vae  # these only; --only sd15: SD 1.5 and its DPO UNet
     python download_models.py --dataset 10000        # the first 10,000 usable pairs of Pick-a-Pic v2, and its test prompts
     python download_models.py --dataset sayakpaul/pickapic_v2_webdataset 10000       # of another data set on the hub
     python download_models.py --check                # are all files still what was fetched? Needs no network
@@ -37,6 +37,22 @@ from dipo.hub import Snapshot, Source, readable
 
 TOKENIZER = ("merges.txt", "tokenizer_config.json", "vocab.json")
 PROCESSOR = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def weights(folder: str, name: str = "diffusion_pytorch_model") -> tuple[str, str]:
+    """The files of a part of a pipeline, in half precision where that is there."""
+    return f"{folder}/config.json", f"{folder}/{name}.fp16.safetensors|{folder}/{name}.safetensors"
+
+
+def pipeline(*numbers: str) -> tuple[tuple, tuple]:
+    """The files of a pipeline with a tokenizer and a text encoder for each of these endings, and the optional ones."""
+    texts = [
+        x for n in numbers for x in (*(f"tokenizer{n}/{file}" for file in TOKENIZER), *weights(f"text_encoder{n}", "model"))
+    ]
+    files = ("model_index.json", "scheduler/scheduler_config.json", *texts, *weights("unet"), *weights("vae"))
+    return files, tuple(f"tokenizer{n}/special_tokens_map.json" for n in numbers)
+
+
 SOURCES = {
     "pickscore": Source(
         "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800", ("config.json", "model.safetensors")
@@ -56,34 +72,22 @@ SOURCES = {
         ("merges.txt", "special_tokens_map.json", "vocab.json"),
     ),
     "base-model": Source(
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        "462165984030d82259a11f4367a4eed129e94a7b",
-        (
-            "model_index.json",
-            "scheduler/scheduler_config.json",
-            *(f"{folder}/{file}" for folder in ("tokenizer", "tokenizer_2") for file in TOKENIZER),
-            *(f"{folder}/config.json" for folder in ("text_encoder", "text_encoder_2", "unet", "vae")),
-            *(f"{folder}/model.fp16.safetensors" for folder in ("text_encoder", "text_encoder_2")),
-            *(f"{folder}/diffusion_pytorch_model.fp16.safetensors" for folder in ("unet", "vae")),
-        ),
-        ("tokenizer/special_tokens_map.json", "tokenizer_2/special_tokens_map.json"),
+        "stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b", *pipeline("", "_2")
     ),
     "vae": Source(
         "madebyollin/sdxl-vae-fp16-fix",
         "207b116dae70ace3637169f1ddd2434b91b3a8cd",
         ("config.json", "diffusion_pytorch_model.safetensors"),
     ),
-    "dpo-unet": Source(
-        "mhdang/dpo-sdxl-text2image-v1",
-        "c78eb468a13fb97ccd661e2b9cd4c1c99460b1b2",
-        (
-            "unet/config.json",
-            "unet/diffusion_pytorch_model.fp16.safetensors|unet/diffusion_pytorch_model.safetensors",
-        ),
-    ),
+    "dpo-unet": Source("mhdang/dpo-sdxl-text2image-v1", "c78eb468a13fb97ccd661e2b9cd4c1c99460b1b2", weights("unet")),
     "parti": Source(
         "nateraw/parti-prompts", "944b156abfdad7627c3221b5ec4f6a6fb060a197", ("PartiPrompts.tsv",), kind="dataset"
     ),
+}
+# What --only sd15 fetches, without the safety checker; no commit of the UNet is known to us.
+SD15 = {
+    "sd15": Source("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", *pipeline("")),
+    "sd15-dpo-unet": Source("mhdang/dpo-sd1.5-text2image-v1", "main", weights("unet")),
 }
 JUDGES = ("pickscore", "pickscore-processor", "hpsv2", "clip")
 # Streamed, not fetched whole: 335 GB. No commit is known to us; the run keeps to the one that it found first.
@@ -102,7 +106,7 @@ class Settings:
     """where everything goes, a folder for each model"""
     all: bool = False
     """everything but pairs"""
-    only: tuple[Literal[(*SOURCES, "pickapic")], ...] | None = None
+    only: tuple[Literal[(*SOURCES, *SD15, "pickapic")], ...] | None = None
     """fetch (or, with --check, check) these only"""
     dataset: tuple[int] | tuple[str, int] | None = None
     """N, or NAME N: save the first N usable pairs of Pick-a-Pic v2, or of NAME on the hub, as parquet in its own columns"""
@@ -157,13 +161,13 @@ def check(root: Path, names: tuple[str, ...]) -> None:
     sums = checksums.read_sums(root)
     if not sums:
         raise DownloadError(f"{root}: holds nothing that was fetched whole; fetch it with {command(root)}")
-    begun = [p.name for p in root.glob("*/") if p.name in (*SOURCES, "pickapic") or (p / "state.json").exists()]
+    begun = [p.name for p in root.glob("*/") if p.name in (*SOURCES, *SD15, "pickapic") or (p / "state.json").exists()]
     wrong = [name for name in names or sorted({*sums, *begun}) if not checksums.report(root / name, sums.get(name))]
     if not wrong:
         return
-    models = [name for name in wrong if name in SOURCES]
+    models = [name for name in wrong if name in SOURCES | SD15]
     flags = ["--only", *models] if models else []
-    if data := [name for name in wrong if name not in SOURCES]:
+    if data := [name for name in wrong if name not in SOURCES | SD15]:
         state = pickapic.read_state(root / data[0])
         repo = [] if data[0] == "pickapic" else [state.get("repo", "NAME")]
         flags += ["--dataset", *repo, str(pickapic.pairs_in(state) or "N")]
@@ -172,7 +176,7 @@ def check(root: Path, names: tuple[str, ...]) -> None:
 
 def find_model(root: Path, name: str, revision: str) -> Snapshot:
     """What is to be fetched of a model, which is printed. Raises RepositoryError."""
-    snapshot = hub.find_snapshot(SOURCES[name], revision, root / name)
+    snapshot = hub.find_snapshot((SOURCES | SD15)[name], revision, root / name)
     what = f"{checksums.count(snapshot.files)}, {readable(snapshot.size)}"
     print(f"{name}: {what}, from {snapshot.source.repo}@{snapshot.commit[:8]}", flush=True)
     return snapshot
@@ -202,9 +206,9 @@ def print_use(root: Path, dataset: str) -> None:
     near = not root.is_absolute() and Path.cwd() == Path(__file__).resolve().parent
     base = root if near else root.absolute()
     there = checksums.read_sums(root)
-    paths = {name.replace("-", "_"): (base / name).as_posix() for name in (*SOURCES, "pickapic") if name in there}
-    if dataset in there:
-        paths["dataset"] = (base / dataset).as_posix()
+    names = {name.replace("-", "_"): name for name in (*SOURCES, "pickapic") if name in there} | {"dataset": dataset}
+    names = names if "base_model" in names else names | {"base_model": "sd15", "dpo_unet": "sd15-dpo-unet"}
+    paths = {setting: (base / name).as_posix() for setting, name in names.items() if name in there}
     if not paths:
         return
     print("\nTo use them, paste these lines into a script's Settings, below its model paths (a name's last line counts):\n")
@@ -228,7 +232,7 @@ def main(s: Settings) -> None:
             return check(root, s.only or ())
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".download.lock", timeout=0):
-            for name in dict.fromkeys(names):
+            for name in dict.fromkeys([*names, *(SD15 if "sd15" in names else ())]):
                 with hub.noted(failed):
                     snapshots.append(find_model(root, name, s.revision))
             check_room(root, snapshots, s.dataset)

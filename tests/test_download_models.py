@@ -67,6 +67,11 @@ def stand_ins() -> tuple[dict, dict]:
         },
         REPO["dpo-unet"]: {f"unet/{p.name}": p.read_bytes() for p in unet.iterdir()},
     }
+    sd15 = {
+        name: data for name, data in base.items() if "_2/" not in name and name != "unet/diffusion_pytorch_model.safetensors"
+    }
+    models[dm.SD15["sd15"].repo] = sd15 | {"safety_checker/config.json": b"{}", "feature_extractor/x.json": b"{}"}
+    models[dm.SD15["sd15-dpo-unet"].repo] = {f"unet/{p.name}": p.read_bytes() for p in unet.iterdir()}
     header = "Prompt\tCategory\tChallenge\tNote\n"
     parti = {"PartiPrompts.tsv": f"{header}a red circle\tAbstract\tBasic\t\na blue house\tOutdoor\tBasic\t\n".encode()}
     return models, {REPO["parti"]: {**parti, "README.md": b"---\nlicense: apache-2.0\n---\n"}}
@@ -82,6 +87,7 @@ def hub(repositories, monkeypatch):
     """A fresh hub of the stand-ins, whose commits are those that download_models.py asks for."""
     models, datasets = ({repo: dict(files) for repo, files in kind.items()} for kind in repositories)
     pinned = {source.repo: source.revision for source in dm.SOURCES.values()}
+    pinned |= {dm.SD15["sd15"].repo: dm.SD15["sd15"].revision}
     monkeypatch.setattr(Hub, "commit", lambda self, repo: pinned.get(repo) or hashlib.sha1(repo.encode()).hexdigest())
     with Hub(models, datasets) as hub:
         yield hub
@@ -127,6 +133,23 @@ def files_in(folder: Path) -> set[str]:
 
 
 # -------------------------------------------------------------------------------------------------------------- fetching
+
+
+def test_sd15_is_fetched_with_its_dpo_unet(download, tmp_path):
+    code, out, err = download("--only", "sd15")
+    assert code == 0, err
+    folder = tmp_path / "models"
+    assert f"hasty_sample.py --base-model {folder / 'sd15'} --dpo-unet {folder / 'sd15-dpo-unet'}" in out
+    files = files_in(folder / "sd15")
+    assert {
+        "model_index.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder/model.fp16.safetensors",
+    } <= files
+    assert not any("safety" in f or "_2" in f or "onnx" in f for f in files)
+    assert "unet/diffusion_pytorch_model.safetensors" in files_in(folder / "sd15-dpo-unet")
+    assert download("--check")[0] == 0
+    assert "sd15" not in download("--check", "--only", "vae")[1]
 
 
 def test_the_judges(download, hub, tmp_path):
