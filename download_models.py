@@ -148,7 +148,7 @@ def output_folder(name: str):
 
 
 def source_of(dataset: tuple[int] | tuple[str, int]) -> Source:
-    return PICKAPIC if len(dataset) == 1 else Source(dataset[0], "main", kind="dataset")
+    return PICKAPIC if dataset[:-1] in ((), (PICKAPIC.repo,)) else Source(dataset[0], "main", kind="dataset")
 
 
 def command(root: Path, *flags: str) -> str:

@@ -26,10 +26,6 @@ class Schema(NamedTuple):
     def columns(self) -> tuple[str, ...]:
         return tuple(c for c in (*self.pictures, self.choice, self.caption) if c)
 
-    @property
-    def is_ranked(self) -> bool:
-        return len(self.pictures) == 1
-
 
 SCHEMAS = (
     Schema(("jpg_0", "jpg_1"), "label_0", "caption"),  # Pick-a-Pic
@@ -49,6 +45,7 @@ OTHERS = (
     "kashif/pickascore (--dataset-split validation), data-is-better-together/open-image-preferences-v1-binarized; and, "
     "fetched and unpacked, in MizzenAI/HPDv3, ymhao/HPDv2, zai-org/ImageRewardDB"
 )
+TO_FETCH = "fetch it (hf download {} --repo-type dataset --local-dir FOLDER), unpack it there and give FOLDER"
 # What datasets calls the kinds of files, in the order in which a folder is searched for them.
 BUILDERS = {"parquet": "parquet", "arrow": "arrow", "tar": "webdataset", "jsonl": "json", "json": "json"}
 # The first look: so many rows at most, of which more than one in a hundred must hold a pair.
@@ -107,11 +104,7 @@ def failure(name: str, path: Path | None, e: Exception) -> str:
         return f"cannot be loaded ({said}); {OTHERS}; or give files of your own, or try --demo"
     if "split" in said:
         return f"cannot be loaded ({said}); give another --dataset-split"
-    return f"cannot be streamed ({said}); {to_fetch(name)}"
-
-
-def to_fetch(name: str) -> str:
-    return f"fetch it (hf download {name} --repo-type dataset --local-dir FOLDER), unpack it there and give FOLDER"
+    return f"cannot be streamed ({said}); {TO_FETCH.format(name)}"
 
 
 def columns_of(rows: datasets.IterableDataset) -> list[str]:
@@ -154,7 +147,7 @@ def pairs_of(
     if first is None:
         raise UserError(f"--dataset {name}: has no rows")
     schema = find_schema([*first], name)
-    example = next(iter(group_of(first, schema)[0]), None)
+    example, _ = next(iter(group_of(first, schema)), (None, None))
     folder = picture_folder(name, split, example) if isinstance(example, str) else None
     find = functools.partial(pairs_in, schema=schema, folder=folder, ranked_pairs=ranked_pairs)
     labels, found = [], 0
@@ -168,8 +161,8 @@ def pairs_of(
             return find
     if len(labels) >= 50 and found < len(labels) / 100:
         raise UserError(
-            f"--dataset {name}: {len(labels) - found} of the first {len(labels)} rows are ties or have no label; "
-            f"{schema.choice} is {', '.join(labels[:5])} ..., where {'ranks' if schema.is_ranked else '1 or 0'} are wanted"
+            f"--dataset {name}: {len(labels) - found} of the first {len(labels)} rows are ties or have no label that is "
+            f"known; {schema.choice} is {', '.join(labels[:5])} ..."
         )
     return find
 
@@ -178,23 +171,23 @@ def picture_folder(name: str, split: str, example: str) -> Path:
     """The folder that the file names in rows start from. UserError for what is on the hub: files in archives."""
     path = find_path(name)
     if not path:
-        raise UserError(f"--dataset {name}: its rows name files of pictures, which cannot be streamed; {to_fetch(name)}")
+        raise UserError(f"--dataset {name}: its rows name files, which cannot be streamed; {TO_FETCH.format(name)}")
     beside = find_files(path, split)[0].parent
     places = [path] * path.is_dir() + [beside, beside / split]
     return next((place for place in places if (place / example).is_file()), places[0])
 
 
-def group_of(row: dict, schema: Schema) -> tuple[list, list[float]]:
-    """The pictures of a row and their ranks, the lowest best and equal ones ties, whatever the schema."""
+def group_of(row: dict, schema: Schema) -> list[tuple]:
+    """The pictures of a row, each with its rank, the lowest best and equal ones ties, whatever the schema."""
     choice = row.get(schema.choice)
-    if schema.is_ranked:
+    if len(schema.pictures) == 1:
         sign = -1 if schema.choice == "human_preference" else 1
-        ranked = [(p, number(r)) for p, r in zip(row[schema.pictures[0]] or (), choice or (), strict=False)]
-        ranked = [(p, sign * r) for p, r in ranked if r is not None]
-        return [p for p, _ in ranked], [r for _, r in ranked]
+        ranks = [(p, number(r)) for p, r in zip(row[schema.pictures[0]] or (), choice or (), strict=False)]
+        return [(p, sign * r) for p, r in ranks if r is not None]
     label = number(choice) if schema.choice else 1
     usable = number(row.get("has_label")) != 0
-    return [row[c] for c in schema.pictures], {1: [1, 2], 0: [2, 1]}.get(label, [1, 1]) if usable else [1, 1]
+    ranks = {1: (1, 2), 0: (2, 1)}.get(label, (1, 1)) if usable else (1, 1)
+    return [(row[c], rank) for c, rank in zip(schema.pictures, ranks, strict=True)]
 
 
 def number(value) -> float | None:
@@ -208,17 +201,12 @@ def number(value) -> float | None:
 
 def pairs_in(row: dict, schema: Schema, folder: Path | None, ranked_pairs: str) -> tuple[list[dict], int]:
     """The pairs of a row, and how many ties; as pairs_of says."""
-    pictures, ranks = group_of(row, schema)
-    order = sorted(range(len(ranks)), key=ranks.__getitem__)
-    both = list(itertools.combinations(order, 2))
+    ranked = sorted(group_of(row, schema), key=lambda x: x[1])
+    both = list(itertools.combinations([(located(p, folder), rank) for p, rank in ranked], 2))
     if ranked_pairs == "best-worst" and both:
-        both = [(order[0], order[-1])]
-    pictures = [located(p, folder) for p in pictures]
-    pairs = [
-        {"winner": pictures[i], "loser": pictures[j], "caption": row[schema.caption] or ""}
-        for i, j in both
-        if ranks[i] < ranks[j]
-    ]
+        both = [(both[0][0], both[-1][1])]
+    caption = row[schema.caption] or ""
+    pairs = [{"winner": p, "loser": q, "caption": caption} for (p, i), (q, j) in both if i < j]
     return pairs, max(len(both), 1) - len(pairs)
 
 

@@ -577,6 +577,7 @@ def test_first_usable_pairs(download, pickapic, hub, tmp_path):
     assert set(rows[0]) == set(schemas.SCHEMAS[0].columns)
     find = schemas.pairs_of(rows, str(folder))
     assert all(pairs.read_pair(pair, 8) is not None for row in rows for pair in find(row)[0])
+    assert dm.source_of((dm.PICKAPIC.repo, 5)) == dm.source_of((5,)) == dm.PICKAPIC
     # 10 of the usable rows are in the first two files: the third is not touched.
     assert not any("train-00002" in path and "/resolve/" in path for _, path, _ in hub.requests)
     assert download("--check")[:2] == (0, "pickapic: 4 files, none damaged or missing\n")
