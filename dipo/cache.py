@@ -23,6 +23,8 @@ from dipo.pairs import Pairs, random_draws, read_pair, stream
 from dipo.training import CACHED, encode_captions, encode_pictures, picture_size
 
 CACHE_SHARD = 256
+# What older versions knew no other of, so that their caches do not say it.
+ONLY_SETTINGS = {"dataset_split": "train", "ranked_pairs": "all"}
 
 
 def read_note(cache_dir: str) -> dict:
@@ -86,14 +88,14 @@ def filled(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator, res
 
 def agreed_note(s, pipe: DiffusionPipeline, accelerator: Accelerator, resolution: int) -> dict:
     """What cache.json says, written first where it is not there; UserError where this run is another."""
-    wanted = {k: getattr(s, k) for k in ("dataset", "base_model", "vae", "max_train_pairs")}
+    wanted = {k: getattr(s, k) for k in ("dataset", "base_model", "vae", "max_train_pairs", *ONLY_SETTINGS)}
     wanted |= {"resolution": resolution, "dtype": str(pipe.vae.dtype)}
     if accelerator.is_main_process and not read_note(s.cache_dir):
         write_text(Path(s.cache_dir).expanduser() / "cache.json", json.dumps(wanted))
     accelerator.wait_for_everyone()
     note = read_note(s.cache_dir)
     for key, value in wanted.items():
-        if note.get(key) != value:
+        if note.get(key, ONLY_SETTINGS.get(key)) != value:
             raise UserError(f"--cache-dir {s.cache_dir}: made with {key} {note.get(key)!r}, not {value!r}; give another")
     if "processes" in note and not note.get("complete"):
         raise UserError(f"--cache-dir {s.cache_dir}: an older version did not finish it; delete it, or give another")

@@ -153,8 +153,8 @@ def open_metrics(path: Path, step: int) -> None:
     """Leave the whole rows up to the step that a resumed run goes on from, no file for a new run."""
     try:
         text = path.read_text(encoding="utf-8") if step else ""
-        table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]))
-        write_text(path, table[table["step"] <= step].to_csv(index=False))
+        table = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]), dtype=str)  # digit by digit as they are
+        write_text(path, table[table["step"].astype(int) <= step].to_csv(index=False))
     except (FileNotFoundError, KeyError, ValueError):
         if step and path.exists():
             print(f"warning: {path} cannot be read; it begins anew at step {step + 1}", file=sys.stderr)

@@ -298,7 +298,7 @@ BAD_INPUT = {
     "interval": (["--demo", "--guidance-interval", "5", "0.3"], ["--guidance-interval 5.0 0.3", "lower one first"]),
     "interval no number": (["--demo", "--guidance-interval", "0", "nan"], ["--guidance-interval 0.0 nan"]),
     "interval infinite": (["--demo", "--guidance-interval", "0", "inf"], ["--guidance-interval 0.0 inf", "14.6"]),
-    "interval of one": (["--demo", "--guidance-interval", "3"], ["--guidance-interval", "expected argument count 2"]),
+    "interval of one": (["--demo", "--guidance-interval", "3"], ["--guidance-interval", "xpected", " 2"]),
     "interval, no guidance": (
         ["--demo", "--guidance-interval", "0.3", "5", "--guidance-scale", "1"],
         ["--guidance-interval", "--guidance-scale 1 switches it off"],
