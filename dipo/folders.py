@@ -26,7 +26,7 @@ def picture_records(name: str, given: list[dict] | None = None) -> dict[str, dic
     folder = find_path(name)
     if not folder or not folder.is_dir():
         raise UserError(f"--folders {name}: no such folder; give folders of pictures")
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in KINDS and p.name[0] != "." and not is_grid(p)]
+    paths = [p for p in folder.glob("[!.]*") if p.suffix.lower() in KINDS and p.is_file() and not is_grid(p)]
     if not paths:
         raise UserError(f"--folders {name}: no PNG, JPEG or WebP in it; give a folder of pictures")
     records = {p.name: read_record(p) for p in sorted(paths, key=natural)}

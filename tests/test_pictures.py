@@ -168,6 +168,7 @@ INFOTEXTS = {
     "none": (SETTINGS, ""),
     "not the web UI's": ('{"prompt": "a cat", "steps": 20, "seed": 1}', ""),
     "a camera's": ("Screenshot", ""),
+    "a note": ("a house\nTaken: yesterday, Place: here", ""),
 }
 
 

@@ -43,6 +43,7 @@ def test_prompts_from_every_kind_of_file(kind, tmp_path):
 TABLES = {
     "a.tsv": ('\tPrompt\tCategory\n0\ta cat, "fat"\tx\n1\tdogs; two\ty\n', [('a cat, "fat"', "x"), ("dogs; two", "y")]),
     "semicolons.csv": ('Prompts ; Categories\na cat, sitting;x\n"a; b";y\n', [("a cat, sitting", "x"), ("a; b", "y")]),
+    "header.csv": ("prompt;note, any, or none\na cat;x\n", [("a cat", "")]),
     "tabs.csv": ("text\tcategory\na, b; c\tx\n", [("a, b; c", "x")]),
     "one.csv": ('prompt\na cat, sitting\n"b, ""c"""\nd; e\n', [("a cat, sitting", ""), ('b, "c"', ""), ("d; e", "")]),
     "blanks.csv": ('id, Caption , category\n1, "a, b", x\n', [("a, b", "x")]),

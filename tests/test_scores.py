@@ -128,6 +128,7 @@ def test_where_the_prompt_of_a_picture_comes_from(tmp_path):
     for name in ("2", "3", "b"):
         (folder / f"{name}.txt").write_bytes(f"beside {name} é\n".encode("latin-1"))
     save_picture(folder / "._2.png")
+    (folder / "more.png").mkdir()
     save_grids(folder, "grid", {"": [folder / "2.png"]}, [""])
     records = picture_records(str(folder))
     ours = [PROMPTS[0], "beside 2 é", "beside 3 é", "inside 10.PNG", "of metadata"]
