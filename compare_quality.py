@@ -10,9 +10,8 @@ ancestral DDPM (eta = 1) on its longer subsequence.
     python compare_quality.py --score-only                                     # tables of the images that are there
     python compare_quality.py --folders generated_images/a generated_images/b  # scores what hasty_sample.py left there
 
-Images come first (a folder of PNGs for each row of the table, settings inside), scores after (scores.csv, image by image),
-then table1.csv, wins.csv, quality.png and .pdf, and grid.png. A run that was stopped at any moment goes on when the same
-command is given again; more steps or samplers add what is missing only.
+Images come first (a folder of PNGs for each row of the table, settings inside), then scores.csv, table1.csv, wins.csv,
+quality.png and .pdf, and grid.png. A stopped run goes on with the same command; more steps add what is missing only.
 
 PickScore is 100 times a cosine at its trained scale (near 22), HPSv2 a cosine (near 0.28), CLIPScore 2.5 times a cosine, 0
 at the least (near 0.66). Seconds per image are measured after a warm-up, the device synchronised, at the batch size in the
@@ -176,12 +175,18 @@ def make_images(s: Settings, study: Study) -> None:
 
 
 def study_rows(s: Settings) -> list[Row]:
-    """The rows of Table 1."""
+    """The rows of Table 1; UserError for a sampler's steps that would not start near the last timestep."""
     rows = [Row(f"dipo-{n}", f"DIPO, {n} steps{eta_label(s.eta)}", n, s.eta, group="DIPO") for n in s.steps]
     rows += [Row(f"diffusion-dpo-{n}", f"Diffusion-DPO, {n} steps", n, 1.0, group="Diffusion-DPO") for n in s.baseline_steps]
-    for key in dict.fromkeys(s.samplers):
+    for key, n in ((key, n) for key in dict.fromkeys(s.samplers) for n in s.sampler_steps):
         name, cls = SAMPLERS[key]
-        rows += [Row(f"{key}-{n}", f"{name}, {n} steps", n, 0.0, name, cls, group=name) for n in s.sampler_steps]
+        rows.append(Row(f"{key}-{n}", f"{name}, {n} steps", n, 0.0, name, cls, group=name))
+        # Whole-number strides leave the noisiest timesteps out where there are many steps.
+        scheduler = cls(timestep_spacing=s.timestep_spacing, steps_offset=1)
+        scheduler.set_timesteps(n)
+        if scheduler.timesteps[0] < 1000 - 2.5 * 1000 / n:
+            first = f"{n} {s.timestep_spacing} steps of {key} would start at t = {scheduler.timesteps[0]:.0f}"
+            raise cli.UserError(f"--sampler-steps: {first} from pure noise; use fewer, or --timestep-spacing trailing")
     return rows
 
 
@@ -288,8 +293,6 @@ def plot_quality(table: pd.DataFrame, rows: list[Row], judges: list[Judge], base
 def score_folders(s: Settings, judges: list[Judge]) -> None:
     """Score folders of finished images and print their means, and win rates of the first one over the others."""
     state, device = start(s.device)
-    if not s.folders:
-        raise cli.UserError("--folders: name the folders to score")
     given = s.folder_prompts and read_prompts(s.folder_prompts, s.parti, s.pickapic, "folder-prompts").to_dict("records")
     found, tables = {folder: picture_records(folder, given) for folder in s.folders}, {}
     for folder, records in found.items():
@@ -314,28 +317,23 @@ def score_folders(s: Settings, judges: list[Judge]) -> None:
 
 def check_settings(s: Settings) -> None:
     """Raise UserError for every value that can be judged without loading a model."""
+    check_sampling(s)
     check_steps("steps", *s.steps)
     check_steps("baseline-steps", *s.baseline_steps)
     check_steps("sampler-steps", *s.sampler_steps)
     check_etas("eta", s.eta)
-    for name, n in ((x, n) for x in s.samplers for n in s.sampler_steps):
-        # Their whole-number strides leave the noisiest timesteps out where there are many steps.
-        scheduler = SAMPLERS[name][1](timestep_spacing=s.timestep_spacing, steps_offset=1)
-        scheduler.set_timesteps(n)
-        if scheduler.timesteps[0] < 1000 - 2.5 * 1000 / n:
-            first = f"{n} {s.timestep_spacing} steps of {name} would start at t = {scheduler.timesteps[0]:.0f}"
-            raise cli.UserError(f"--sampler-steps: {first} from pure noise; use fewer, or --timestep-spacing trailing")
+    if not s.folders and (s.folders is not None or s.folder_prompts):
+        raise cli.UserError("--folders: name the folders to score")
 
 
 def main(s: Settings) -> None:
     s = completed(s, DEMO)
-    check_sampling(s)
+    check_settings(s)
     judges = [PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version)]
     judges += [CLIPScore(s.clip)] if s.clip else []
     if s.folders is not None:
         return score_folders(s, judges)
     s = fitted(s)
-    check_settings(s)
     rows = study_rows(s)
     baseline = next(r for r in rows if r.group == "Diffusion-DPO")
     with open_study(s, rows, judges) as study:

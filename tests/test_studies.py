@@ -489,6 +489,7 @@ def test_a_missing_judge_costs_no_images(copy, run, script):
             "--baseline-steps 500 500: give one or more, and none twice",
         ),
         ("compare_quality", ("--samplers", "ddpm"), "dpmsolver++"),
+        ("compare_quality", ("--folder-prompts", "p.txt"), "--folders: name the folders to score"),
         ("compare_quality", ("--sampler-steps", 1001), "--sampler-steps 1001: use 1 to 1000"),
         (
             "compare_quality",
