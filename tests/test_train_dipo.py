@@ -722,6 +722,13 @@ def test_a_cache_is_finished_by_any_number_of_processes_and_refused_for_other_se
     assert json.loads((folder / "cache.json").read_text()) == note
     code, _, err = train(*flags, "--output-dir", "other", "--max-train-pairs", 9)
     assert code == 2 and "made with max_train_pairs None, not 9" in err
+    for flag, value in (("ranked_pairs", "best-worst"), ("dataset_split", "test")):
+        code, _, err = train(*flags, "--output-dir", "other", f"--{flag.replace('_', '-')}", value)
+        assert code == 2 and f"--cache-dir cache: made with {flag} " in err and f"not {value!r}" in err
+    # One of a version that had neither is of all pairs of train.
+    note = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps({k: v for k, v in note.items() if k not in cache.ONLY_SETTINGS}))
+    assert train(*flags, "--output-dir", "older", "--max-train-steps", 1)[0] == 0
     (folder / "cache.json").write_text(begun.replace("{", '{"processes": 1, ', 1))
     code, _, err = train(*flags, "--output-dir", "other")
     assert code == 2 and "an older version did not finish it" in err
