@@ -392,7 +392,7 @@ def test_speed_ups_compare_like_with_like(copy, run):
 
 
 def test_the_papers_figures_stand_beside_what_they_are_about(finished, capsys):
-    rows = cq.study_rows(cq.Settings(eta=0.5, samplers=("unipc", "unipc")))
+    rows = cq.study_rows(cq.Settings(eta=0.5, samplers=("unipc", "unipc"), timestep_spacing="leading"))
     assert rows[0].label == "DIPO, 20 steps, η = 0.5" and rows[4].label == "Diffusion-DPO, 500 steps" and len(rows) == 8
     # 3 steps against 4 are no row of the paper's.
     assert pd.read_csv(finished[0] / "compare_quality/table1.csv")["paper_speed_up"].isna().all()
@@ -630,7 +630,8 @@ def test_seconds_are_those_of_full_batches():
 def test_plots_draw_every_row_with_its_interval(finished):
     judges = [PickScore("", ""), HPSv2("")]
     table = pd.read_csv(finished[0] / "compare_quality/table1.csv")
-    rows = cq.study_rows(cq.Settings(steps=(3,), baseline_steps=(4, 6), samplers=("euler",), sampler_steps=(3,)))
+    given = {"steps": (3,), "baseline_steps": (4, 6), "samplers": ("euler",), "sampler_steps": (3,)}
+    rows = cq.study_rows(cq.Settings(**given, timestep_spacing="leading"))
     table = table.set_index("variant").loc[[r.variant for r in rows]].reset_index()
     quality = cq.plot_quality(table, rows, judges, rows[1])
     means = pd.read_csv(finished[0] / "Ablation_experiment/eta.csv")
