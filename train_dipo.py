@@ -44,15 +44,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipe
 from tqdm import tqdm
 
 from dipo import checkpoints, cli, training
+from dipo.annotate import find_pairs
 from dipo.cache import open_pairs, read_note
 from dipo.cli import Stopped, UserError
 from dipo.devices import DTYPES, claimed, on_cpu
 from dipo.files import writable_folder
 from dipo.models import fitted, load_part, pipeline_class, ready
-from dipo.pairs import check_usable, make_loader, quiet_data
+from dipo.pairs import make_loader, quiet_data
 from dipo.prompts import read_prompts
 from dipo.results import base_pictures, check_upload, plot_metrics, save_result, upload_result, validate
-from dipo.schemas import open_dataset, pairs_of
+from dipo.schemas import open_dataset
 from dipo.settings import completed
 
 
@@ -63,11 +64,22 @@ class Settings:
     vae: str = "madebyollin/sdxl-vae-fp16-fix"
     """VAE that stays finite in fp16: a folder, a file or a hub name; empty (and for SD 1.5 and 2.1): the base model's own"""
     dataset: str = "yuvalkirstain/pickapic_v2"
-    """preference pairs: a hub name, a file (parquet, arrow, tar, jsonl, json) or a folder of them"""
+    """preference pairs: a hub name, a file (parquet, arrow, tar, jsonl, json) or a folder of them; or pictures alone, as
+    hasty_sample.py --images-per-prompt 2 leaves them, for --relabel"""
     dataset_split: str = "train"
     """the part to train on; of a folder, the files named so, if there are any"""
     ranked_pairs: Literal["all", "best-worst"] = "all"
     """of several pictures ranked for a prompt: every pair of them, or the best and the worst"""
+    relabel: Literal["", "pickscore", "hpsv2", "clipscore"] = ""
+    """winner and loser of every pair, also of ties, by this judge instead of the data set's labels; its scores are cached"""
+    relabel_margin: float = 0.0
+    """with --relabel: leave pairs out whose scores differ by less, in the judge's own units"""
+    # The judges of --relabel: a folder or a hub name each; of HPSv2 its version too.
+    pickscore: str = "yuvalkirstain/PickScore_v1"
+    pickscore_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    hpsv2: str = "xswu/HPSv2"
+    hpsv2_version: Literal["v2.1", "v2.0"] = "v2.1"
+    clip: str = "openai/clip-vit-base-patch32"
 
     demo: bool = False
     """train the small model of assets/demo on its own pairs, with the settings in DEMO where these are left alone"""
@@ -76,7 +88,7 @@ class Settings:
     resume: bool = False
     """go on from the last whole checkpoint in the output folder, if there is one"""
     cache_dir: str = ""
-    """encode pictures and captions once, ahead, into this folder (0.8 MB a pair at 1024 pixels), for several epochs"""
+    """encode pictures and captions once, ahead, into this folder (0.8 MB a pair at 1024 pixels, 1.4 MB with --flip)"""
     max_train_pairs: int | None = None
     """use the first N pairs with a winner only"""
 
@@ -104,6 +116,8 @@ class Settings:
     """share of pairs trained on the unconditional side, SDXL's zeros (the reference trainer: on an empty caption)"""
     lora_rank: int = 0
     """train a LoRA of this rank instead of all weights; the reference model is then the same UNet without it"""
+    flip: bool = True
+    """mirror a pair as often as not, both pictures alike, as the reference trainer does"""
     resolution: int | None = None
     """pixels of a side, after resize and centre crop; default: the model's own, 1024 for SDXL, 512 for SD 1.5"""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
@@ -161,6 +175,7 @@ DEMO = {
     "beta_dpo": 1000.0,
     "optimizer": "adamw",
     "caption_dropout": 0.0,
+    "flip": False,  # its pictures are drawn as often one way round as the other
     "gradient_checkpointing": False,
     "checkpoint_every": 25,
     "validate_every": 50,
@@ -193,7 +208,7 @@ def dpo_loss(model_pred: torch.Tensor, reference_pred: torch.Tensor, target: tor
 def complete(s: Settings) -> Settings:
     """The settings with what follows from others: the demo's own, and the mixed precision that auto means here."""
     s = completed(s, DEMO)
-    if s.demo and not s.cache_dir:
+    if (s.demo or s.relabel) and not s.cache_dir:
         s = replace(s, cache_dir=str(Path(s.output_dir) / "cache"))
     if s.mixed_precision == "auto":
         s = replace(s, mixed_precision=training.best_precision(s.device))
@@ -392,14 +407,10 @@ def main(s: Settings) -> None:
     if s.push_to_hub and accelerator.is_main_process:
         check_upload(s.push_to_hub)
     s = fitted(s)
-    rows = find = None
-    if not read_note(s.cache_dir).get("complete"):
-        rows = open_dataset(s.dataset, s.dataset_split)
-        find = pairs_of(rows, s.dataset, s.dataset_split, s.ranked_pairs)
+    rows = None if read_note(s.cache_dir).get("complete") else open_dataset(s.dataset, s.dataset_split)
     with claimed(out, accelerator), training.out_of_memory_told(s.train_batch_size):
         checkpoint, progress = checkpoints.find_progress(s, out, accelerator)
-        if rows is not None:
-            check_usable(rows, find, s.dataset)
+        find = find_pairs(s, rows, accelerator) if rows is not None else None
         tell_rates(s, accelerator)
 
         pipe = load_models(s, accelerator.device, s.dtype)

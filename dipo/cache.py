@@ -16,15 +16,15 @@ from diffusers import DiffusionPipeline
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from dipo.checkpoints import ONLY_SETTINGS
 from dipo.cli import UserError
 from dipo.devices import claimed
 from dipo.files import writable_folder, write_text, written_whole
+from dipo.judges import judge_of
 from dipo.pairs import Pairs, random_draws, read_pair, stream
 from dipo.training import CACHED, encode_captions, encode_pictures, picture_size
 
 CACHE_SHARD = 256
-# What older versions knew no other of, so that their caches do not say it.
-ONLY_SETTINGS = {"dataset_split": "train", "ranked_pairs": "all"}
 
 
 def read_note(cache_dir: str) -> dict:
@@ -45,6 +45,7 @@ def open_pairs(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator)
         latent_shape=(pipe.unet.config.in_channels, side, side),
         train_timesteps=pipe.scheduler.config.num_train_timesteps,
         caption_dropout=s.caption_dropout,
+        flip=s.flip,
     )
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     if not s.cache_dir:
@@ -90,13 +91,16 @@ def agreed_note(s, pipe: DiffusionPipeline, accelerator: Accelerator, resolution
     """What cache.json says, written first where it is not there; UserError where this run is another."""
     wanted = {k: getattr(s, k) for k in ("dataset", "base_model", "vae", "max_train_pairs", *ONLY_SETTINGS)}
     wanted |= {"resolution": resolution, "dtype": str(pipe.vae.dtype)}
+    wanted |= {"judge": judge_of(s).source} if s.relabel else {}
     if accelerator.is_main_process and not read_note(s.cache_dir):
         write_text(Path(s.cache_dir).expanduser() / "cache.json", json.dumps(wanted))
     accelerator.wait_for_everyone()
     note = read_note(s.cache_dir)
     for key, value in wanted.items():
         if note.get(key, ONLY_SETTINGS.get(key)) != value:
-            raise UserError(f"--cache-dir {s.cache_dir}: made with {key} {note.get(key)!r}, not {value!r}; give another")
+            old = note.get(key, ONLY_SETTINGS.get(key))
+            what = f"made with {key} {old!r}, not {value!r}; use that, give another, or delete its cache.json and *.parquet"
+            raise UserError(f"--cache-dir {s.cache_dir}: {what}" + " (the scores stay)" * bool(s.relabel))
     if "processes" in note and not note.get("complete"):
         raise UserError(f"--cache-dir {s.cache_dir}: an older version did not finish it; delete it, or give another")
     return note
@@ -123,7 +127,7 @@ def encode_all(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator,
                 for i in range(0, len(visits), 8):
                     items = pool.map(read, [block.pairs[place] for block, place in visits[i : i + 8]])
                     if items := [x for x in items if x is not None]:
-                        encoded, shapes = encode_batch(pipe, default_collate(items))
+                        encoded, shapes = encode_batch(pipe, default_collate(items), s.flip)
                         rows += encoded
                 counts = {"pairs": len(rows), "unreadable": len(visits) - len(rows)}
                 counts["ties"] = sum(block.ties for block, place in visits if place == 0)
@@ -133,10 +137,12 @@ def encode_all(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator,
                 return
 
 
-def encode_batch(pipe: DiffusionPipeline, batch: dict) -> tuple[list[dict], dict[str, list[int]]]:
-    """A row of bytes for each of B pairs, all in the VAE's dtype, and the shapes of what it holds."""
+def encode_batch(pipe: DiffusionPipeline, batch: dict, flip: bool) -> tuple[list[dict], dict[str, list[int]]]:
+    """A row of bytes for each of B pairs, all in the VAE's dtype, and the shapes of what it holds. With flip the moments of
+    the pictures as they are, and then of the mirrored ones: a mirrored picture's latents are not the latents mirrored."""
     pixels = batch["pixels"]
-    moments = encode_pictures(pipe.vae, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).cpu()
+    pixels = torch.stack([pixels, pixels.flip(-2)], dim=1) if flip else pixels
+    moments = encode_pictures(pipe.vae, pixels.flatten(0, -4)).unflatten(0, pixels.shape[:-3]).cpu()
     text = (x.to(moments.dtype).cpu() for x in encode_captions(pipe, batch["caption"]))
     # SD 1.5 and 2.1 have no pooled embeddings, the last of the columns.
     columns = dict(zip(CACHED, (moments, *text), strict=False))

@@ -28,6 +28,8 @@ MAY_CHANGE = ("output_dir", "resume", "demo", "max_train_steps", "learning_rate"
 MAY_CHANGE += ("max_grad_norm", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_prompts", "device")
 MAY_CHANGE += ("max_mse_ratio", "wandb", "save_dtype", "gradient_checkpointing", "lr_warmup_steps", "train_batch_size")
 MAY_CHANGE += ("num_workers", "push_to_hub")
+# What older versions knew no other of, so that their checkpoints and caches do not say it.
+ONLY_SETTINGS = {"dataset_split": "train", "ranked_pairs": "all", "relabel": "", "relabel_margin": 0.0, "flip": False}
 
 
 def checksum(path: Path) -> int:
@@ -101,7 +103,7 @@ def find_progress(s, out: Path, accelerator: Accelerator) -> tuple[str, dict]:
         raise UserError(f"--output-dir {s.output_dir}: holds {checkpoint}; --resume goes on from it, or give another folder")
     progress = json.loads((Path(checkpoint) / "progress.json").read_text())
     for key, value in asdict(s).items():
-        old = progress["settings"].get(key, value)
+        old = progress["settings"].get(key, ONLY_SETTINGS.get(key, value))
         if old == value or key in ("output_dir", "resume") or (key == "cache_dir" and old and value):
             continue
         if key not in MAY_CHANGE:

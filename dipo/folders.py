@@ -15,7 +15,11 @@ from dipo.prompts import READERS, named_column, one_line, prompt_columns, read_t
 KINDS = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def picture_records(name: str, given: list[dict] | None = None) -> dict[str, dict]:
+def picture_paths(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("[!.]*") if p.suffix.lower() in KINDS and p.is_file() and not is_grid(p)]
+
+
+def picture_records(name: str, given: list[dict] | None = None, flag: str = "folders") -> dict[str, dict]:
     """What is known of the pictures in a folder, by file, in the order of their names, numbers by their value.
 
     A picture of ours has its record inside. Another's prompt comes from given (the rows of read_prompts, one for each
@@ -25,10 +29,10 @@ def picture_records(name: str, given: list[dict] | None = None) -> dict[str, dic
     """
     folder = find_path(name)
     if not folder or not folder.is_dir():
-        raise UserError(f"--folders {name}: no such folder; give folders of pictures")
-    paths = [p for p in folder.glob("[!.]*") if p.suffix.lower() in KINDS and p.is_file() and not is_grid(p)]
+        raise UserError(f"--{flag} {name}: no such folder; give folders of pictures")
+    paths = picture_paths(folder)
     if not paths:
-        raise UserError(f"--folders {name}: no PNG, JPEG or WebP in it; give a folder of pictures")
+        raise UserError(f"--{flag} {name}: no PNG, JPEG or WebP in it; give a folder of pictures")
     records = {p.name: read_record(p) for p in sorted(paths, key=natural)}
     foreign = [file for file, record in records.items() if not record]
     if given and foreign and len(given) != len(records):
@@ -50,7 +54,8 @@ def picture_records(name: str, given: list[dict] | None = None) -> dict[str, dic
     if missing:
         named = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
         what = f"{len(missing)} of {len(records)} pictures have no prompt: {named}"
-        raise UserError(f"--folders {name}: {what}; give --folder-prompts, a metadata.jsonl or a .txt beside each")
+        more = "--folder-prompts, " if flag == "folders" else ""
+        raise UserError(f"--{flag} {name}: {what}; give {more}a metadata.jsonl or a .txt beside each")
     return records
 
 

@@ -163,6 +163,12 @@ class HPSv2(Judge):
         return (image.float() * text.float()[rows.to(device)]).sum(dim=-1).cpu()
 
 
+def judge_of(s) -> Judge:
+    """The judge that --relabel names, by the paths in a script's settings."""
+    judges = PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version), CLIPScore(s.clip)
+    return next(judge for judge in judges if judge.name == s.relabel)
+
+
 def folder_tokenizer(folder: Path):
     """A CLIP tokenizer of transformers in the manner of open_clip's: texts to ids (N, 77)."""
     tokenizer = CLIPTokenizer.from_pretrained(folder)

@@ -64,16 +64,21 @@ def read_pair(pair: dict, resolution: int) -> dict | None:
     return {"pixels": torch.from_numpy(pixels), "caption": pair["caption"]}
 
 
-def random_draws(key: tuple[int, ...], latent_shape: tuple[int, ...], train_timesteps: int, caption_dropout: float) -> dict:
+def random_draws(
+    key: tuple[int, ...], latent_shape: tuple[int, ...], train_timesteps: int, caption_dropout: float, flip: bool = False
+) -> dict:
     """What is random about one visit to one pair, from a seed of its own, so that it depends neither on the batch nor on
-    the process: timestep (), noise latent_shape, posterior_noise (2, *latent_shape), drop_caption ()."""
+    the process: timestep (), noise latent_shape, posterior_noise (2, *latent_shape), drop_caption (), and with flip, as
+    often as not, mirrored (), of both pictures."""
     g = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-    return {
+    draws = {
         "timestep": torch.randint(train_timesteps, (), generator=g),
         "drop_caption": torch.rand((), generator=g) < caption_dropout,
         "noise": torch.randn(latent_shape, generator=g),
         "posterior_noise": torch.randn((2, *latent_shape), generator=g),
     }
+    # The last draw, so that the others are what they are without it.
+    return draws | {"mirrored": torch.rand((), generator=g) < 0.5} if flip else draws
 
 
 # Pairs of a lane that are shuffled among each other, where they begin, and the ties between them.

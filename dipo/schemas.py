@@ -1,6 +1,7 @@
 """Data sets of preferences as streams of rows, known by their columns, and the pairs of pictures in a row."""
 
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -13,13 +14,15 @@ import datasets
 
 from dipo.cli import UserError, first_line
 from dipo.files import find_path
+from dipo.folders import picture_paths, picture_records
 
 
 class Schema(NamedTuple):
-    """Columns that hold pairs: two pictures and a label, two of which the first is better, or a list of them and ranks."""
+    """Columns that hold pairs: two pictures and a label, two of which the first is better, or a list of them and ranks (or
+    without, where nobody has said which are better)."""
 
     pictures: tuple[str, ...]  # the columns of both, or the one that holds a list
-    choice: str  # label (1: the first is better, 0: the second), ranks (1 is best), or "" where the order says it
+    choice: str  # label (1: the first is better, 0: the second), ranks (1 is best), or "" where there is none
     caption: str
 
     @property
@@ -37,6 +40,7 @@ SCHEMAS = (
     Schema(("file_path",), "human_preference", "prompt"),  # HPDv2, as its README has it
     Schema(("image_path",), "rank", "prompt"),  # HPDv2's test set; ImageRewardDB
     Schema(("generations",), "ranking", "prompt"),  # ImageReward's repository
+    Schema(("pictures",), "", "prompt"),  # a folder of pictures that were made for prompts
 )
 # Not needed, and used where they are there: whether a row of Pick-a-Pic was labelled; whose pictures one row each ranks.
 OPTIONAL = ("has_label", "prompt_id")
@@ -59,6 +63,8 @@ def open_dataset(name: str, split: str = "train") -> datasets.IterableDataset:
     if not path and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(f"--dataset {name!r}: no such file or folder; give files or a hub name, or try --demo")
     try:
+        if path and path.is_dir() and not data_files(path) and picture_paths(path):
+            return own_pictures(name)
         if path:
             files = find_files(path, split)
             kind, names = BUILDERS[files[0].suffix[1:].lower()], [str(f) for f in files]
@@ -66,6 +72,8 @@ def open_dataset(name: str, split: str = "train") -> datasets.IterableDataset:
         else:
             rows = datasets.load_dataset(name, split=split, streaming=True)
         columns = columns_of(rows)
+        if path and path.is_dir() and "file_name" in columns:
+            return own_pictures(name)
     except UserError:
         raise
     except Exception as e:
@@ -81,10 +89,7 @@ def find_files(path: Path, split: str) -> list[Path]:
         if path.suffix[1:].lower() not in BUILDERS:
             raise UserError(f"--dataset {path}: not one of .{', .'.join(BUILDERS)}, nor a folder of them")
         return [path]
-    if (path / "metadata.jsonl").is_file():
-        return [path / "metadata.jsonl"]
-    there = sorted(f for f in path.rglob("*.*") if f.suffix[1:] in BUILDERS and not f.name.startswith((".", "cache-")))
-    files = next(filter(None, ([f for f in there if f.suffix == f".{kind}"] for kind in BUILDERS)), [])
+    files = data_files(path)
     # Pick-a-Pic has test_unique beside test.
     like = re.compile(rf"(^|[-_./\\]){re.escape(split)}(?!_unique)")
     named = [f for f in files if like.search(str(f.relative_to(path)))]
@@ -93,6 +98,31 @@ def find_files(path: Path, split: str) -> list[Path]:
     if not named and split != "train":
         raise UserError(f"--dataset {path}: no file is named like --dataset-split {split}, as {files[0].name} is not")
     return named or files
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files of rows in a folder, of the first kind that is there."""
+    if (path / "metadata.jsonl").is_file():
+        return [path / "metadata.jsonl"]
+    there = sorted(f for f in path.rglob("*.*") if f.suffix[1:] in BUILDERS and not f.name.startswith((".", "cache-")))
+    return next(filter(None, ([f for f in there if f.suffix == f".{kind}"] for kind in BUILDERS)), [])
+
+
+def own_pictures(name: str) -> datasets.IterableDataset:
+    """A folder of pictures whose prompts are known, as hasty_sample.py leaves it, as a row for each prompt that has several.
+    UserError where none has."""
+    groups = {}
+    for file, record in picture_records(name, flag="dataset").items():
+        groups.setdefault(record["prompt"], []).append(file)
+    rows = [{"prompt": prompt, "pictures": files} for prompt, files in groups.items() if len(files) > 1]
+    if not rows:
+        raise UserError(
+            f"--dataset {name}: its {len(groups)} pictures are of as many prompts; make two or more of each, with "
+            "hasty_sample.py --images-per-prompt 2"
+        )
+    if len(rows) < len(groups) and os.environ.get("RANK", "0") == "0":
+        print(f"{name}: {len(groups) - len(rows)} of {len(groups)} prompts have one picture only and are left out")
+    return datasets.Dataset.from_list(rows).to_iterable_dataset()
 
 
 def failure(name: str, path: Path | None, e: Exception) -> str:
@@ -143,12 +173,9 @@ def pairs_of(
     and path, or a path. Of a ranked group, all pairs or the best against the worst.
 
     Looks at the first rows. UserError where these are nearly all ties, or name pictures that are not there to be read."""
-    first = next(iter(rows), None)
-    if first is None:
-        raise UserError(f"--dataset {name}: has no rows")
-    schema = find_schema([*first], name)
-    example, _ = next(iter(group_of(first, schema)), (None, None))
-    folder = picture_folder(name, split, example) if isinstance(example, str) else None
+    schema, folder = layout(rows, name, split)
+    if len(schema.pictures) == 1 and not schema.choice:
+        raise UserError(f"--dataset {name}: nobody has said which of its pictures are better; --relabel pickscore does")
     find = functools.partial(pairs_in, schema=schema, folder=folder, ranked_pairs=ranked_pairs)
     labels, found = [], 0
     for row in itertools.islice(rows, LOOK):
@@ -167,11 +194,23 @@ def pairs_of(
     return find
 
 
+def layout(rows: datasets.IterableDataset, name: str, split: str) -> tuple[Schema, Path | None]:
+    """Which columns the rows have, and the folder that file names in them start from. UserError for no rows."""
+    first = next(iter(rows), None)
+    if first is None:
+        raise UserError(f"--dataset {name}: has no rows")
+    schema = find_schema([*first], name)
+    example, _ = next(iter(group_of(first, schema)), (None, None))
+    return schema, picture_folder(name, split, example) if isinstance(example, str) else None
+
+
 def picture_folder(name: str, split: str, example: str) -> Path:
     """The folder that the file names in rows start from. UserError for what is on the hub: files in archives."""
     path = find_path(name)
     if not path:
         raise UserError(f"--dataset {name}: its rows name files, which cannot be streamed; {TO_FETCH.format(name)}")
+    if (path / example).is_file():
+        return path
     beside = find_files(path, split)[0].parent
     places = [path] * path.is_dir() + [beside, beside / split]
     return next((place for place in places if (place / example).is_file()), places[0])
@@ -180,6 +219,8 @@ def picture_folder(name: str, split: str, example: str) -> Path:
 def group_of(row: dict, schema: Schema) -> list[tuple]:
     """The pictures of a row, each with its rank, the lowest best and equal ones ties, whatever the schema."""
     choice = row.get(schema.choice)
+    if len(schema.pictures) == 1 and not schema.choice:
+        return [(p, 1) for p in row[schema.pictures[0]]]
     if len(schema.pictures) == 1:
         sign = -1 if schema.choice == "human_preference" else 1
         ranks = [(p, number(r)) for p, r in zip(row[schema.pictures[0]] or (), choice or (), strict=False)]
@@ -199,15 +240,51 @@ def number(value) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def pairs_in(row: dict, schema: Schema, folder: Path | None, ranked_pairs: str) -> tuple[list[dict], int]:
-    """The pairs of a row, and how many ties; as pairs_of says."""
-    ranked = sorted(group_of(row, schema), key=lambda x: x[1])
-    both = list(itertools.combinations([(located(p, folder), rank) for p, rank in ranked], 2))
+def pairs_in(
+    row: dict, schema: Schema, folder: Path | None, ranked_pairs: str, scores: dict | None = None, margin: float = 0.0
+) -> tuple[list[dict], int]:
+    """The pairs of a row, and how many ties; as pairs_of says. With scores, a judge's by content_key (None: cannot be read),
+    the higher one wins whatever the labels say, and pairs that differ by less than the margin are ties."""
+    caption, pictures, ranks = located_group(row, schema, folder)
+    if scores is not None:
+        try:
+            ranks = ranks_of([scores[content_key(p, caption)] for p in pictures])
+        except KeyError as e:
+            raise UserError("--relabel: the data changed while they were scored; delete the cache and start again") from e
+    won, ties = ordered(ranks, ranked_pairs, margin)
+    return [{"winner": pictures[i], "loser": pictures[j], "caption": caption} for i, j in won], ties
+
+
+def located_group(row: dict, schema: Schema, folder: Path | None) -> tuple[str, list, list[float]]:
+    """The caption of a row, its pictures, those in files by their paths, and their ranks."""
+    group = group_of(row, schema)
+    return row[schema.caption] or "", [located(p, folder) for p, _ in group], [rank for _, rank in group]
+
+
+def ordered(ranks: list[float], ranked_pairs: str, margin: float = 0.0) -> tuple[list[tuple[int, int]], int]:
+    """Which pictures of a group make a pair, (better, worse), and how many pairs are ties (1 for no pair). One of infinite
+    rank, which cannot be read, is worse than all; but best-worst has none where two others are there."""
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)
+    both = list(itertools.combinations(order, 2))
     if ranked_pairs == "best-worst" and both:
-        both = [(both[0][0], both[-1][1])]
-    caption = row[schema.caption] or ""
-    pairs = [{"winner": p, "loser": q, "caption": caption} for (p, i), (q, j) in both if i < j]
-    return pairs, max(len(both), 1) - len(pairs)
+        last = sum(ranks[i] < math.inf for i in order) - 1
+        both = [(order[0], order[last if last > 0 else 1])]
+    won = [(i, j) for i, j in both if ranks[i] < ranks[j] and ranks[j] - ranks[i] >= margin]
+    return won, max(len(both), 1) - len(won)
+
+
+def ranks_of(scores: list[float | None]) -> list[float]:
+    """A judge's scores as ranks, the lowest best."""
+    return [math.inf if x is None else -x for x in scores]
+
+
+def content_key(picture, caption: str) -> str:
+    """What a picture and its caption are known by: a hash of its bytes or, for one in a file, of path, size and time."""
+    content = picture["bytes"] or picture["path"] if isinstance(picture, dict) else picture
+    if isinstance(content, str) and os.path.isfile(content):
+        content += f" {os.path.getsize(content)} {os.stat(content).st_mtime_ns}"
+    content = content if isinstance(content, bytes) else str(content).encode()
+    return hashlib.blake2b(content + b"\0" + caption.encode(), digest_size=16).hexdigest()
 
 
 def located(picture, folder: Path | None):

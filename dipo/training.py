@@ -37,6 +37,12 @@ def check_training(s) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: use a finite number above 0")
     if not 0 <= s.caption_dropout < 1:
         raise UserError(f"--caption-dropout {s.caption_dropout}: use 0 (every pair with its caption) to less than 1")
+    if not 0 <= s.relabel_margin < math.inf:
+        raise UserError(f"--relabel-margin {s.relabel_margin}: use 0 or more, in the judge's own units")
+    if s.relabel_margin and not s.relabel:
+        raise UserError(f"--relabel-margin {s.relabel_margin}: has no scores without a judge; add --relabel pickscore")
+    if s.relabel == "clipscore" and not s.clip:
+        raise UserError("--relabel clipscore: there is no model (--clip is empty, as the demo's is); give one")
     if s.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16: needs a CUDA GPU; use bf16 or no")
     if s.wandb and not is_wandb_available():
@@ -160,11 +166,17 @@ def prepare_batch(pipe: DiffusionPipeline, batch: dict, unconditional: list[torc
     """What the UNet needs of B pairs, the winners first: latents (2B, 4, H/8, W/8) float32, scaled, and their Text, 2B rows.
     unconditional: the embeddings of a dropped caption."""
     device = pipe.vae.device
+    mirrored = batch.get("mirrored")
     if "moments" in batch:
         moments, *given = (batch[k].to(device, non_blocking=True) for k in CACHED if k in batch)
+        if mirrored is not None:
+            moments = moments[torch.arange(len(moments)), mirrored.long()]
         moments = moments.transpose(0, 1).flatten(0, 1)
     else:
-        moments = encode_pictures(pipe.vae, batch["pixels"].transpose(0, 1).flatten(0, 1))
+        pixels = batch["pixels"]
+        if mirrored is not None:
+            pixels = torch.where(mirrored.view(-1, 1, 1, 1, 1), pixels.flip(-2), pixels)
+        moments = encode_pictures(pipe.vae, pixels.transpose(0, 1).flatten(0, 1))
         given = encode_captions(pipe, batch["caption"])
     posterior = DiagonalGaussianDistribution(moments.float())
     z = posterior.mean + posterior.std * batch["posterior_noise"].transpose(0, 1).flatten(0, 1).to(device)

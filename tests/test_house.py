@@ -13,10 +13,10 @@ MODULES = sorted(p.stem for p in (ROOT / "dipo").glob("[!_]*.py"))
 LEVELS = (
     ("cli", "stats", "timesteps", "pictures"),
     ("files", "devices"),
-    ("grids", "figures", "prompts", "pairs", "schemas", "checkpoints", "checksums"),
+    ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums"),
     ("models", "settings", "hub", "folders"),
-    ("compiled", "judges", "loras", "training", "pickapic"),
-    ("batches", "scores", "tables", "cache", "results"),
+    ("compiled", "judges", "loras", "training", "schemas"),
+    ("batches", "scores", "tables", "cache", "annotate", "results", "pickapic"),
     ("study",),
 )
 

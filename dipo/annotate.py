@@ -1,0 +1,158 @@
+"""Winner and loser by a judge instead of the data set's labels: scored once into the cache's folder, killed at any moment
+and going on."""
+
+import hashlib
+import itertools
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
+from PIL import Image
+from tqdm import tqdm
+
+from dipo.cli import UserError
+from dipo.devices import DTYPES, claimed, dtype_for
+from dipo.files import fingerprint, writable_folder, write_text
+from dipo.judges import Judge, judge_of
+from dipo.models import quiet_libraries
+from dipo.pairs import check_usable, stored
+from dipo.pictures import UNREADABLE, open_picture
+from dipo.schemas import content_key, layout, located_group, ordered, pairs_in, pairs_of, ranks_of
+from dipo.stats import win_rate
+
+# Rows of data in a file of scores, pictures that are scored together.
+ROWS = 64
+BATCH = 16
+
+
+def find_pairs(s, rows, accelerator: Accelerator):
+    """What finds the pairs in a row, as dipo.schemas.pairs_of says: by the data set's labels, or by --relabel's judge, which
+    decides all pairs, also those that have no label or are ties. UserError where there is none that can be used."""
+    if s.relabel:
+        schema, folder = layout(rows, s.dataset, s.dataset_split)
+        records = scored(s, rows, partial(located_group, schema=schema, folder=folder), accelerator)
+        tell(s, records, accelerator)
+        judged = {"scores": scores_of(records), "margin": s.relabel_margin}
+        find = partial(pairs_in, schema=schema, folder=folder, ranked_pairs=s.ranked_pairs, **judged)
+    else:
+        find = pairs_of(rows, s.dataset, s.dataset_split, s.ranked_pairs)
+    check_usable(rows, find, s.dataset)
+    return find
+
+
+def scored(s, rows, group, accelerator: Accelerator) -> list[dict]:
+    """For each row the keys of its pictures, their scores (None: cannot be read) and the ranks by the labels; with
+    max_train_pairs of as many rows as it takes. By all processes together. group: maps a row to caption, pictures, ranks."""
+    judge, dtype = judge_of(s), dtype_for("auto", accelerator.device)
+    by = [judge.name, judge.source, fingerprint(*judge.weights), dtype, s.dataset, s.dataset_split]
+    cache = writable_folder(s.cache_dir, "cache-dir")
+    folder = cache / "scores" / hashlib.sha256(json.dumps(by).encode()).hexdigest()[:12]
+    with claimed(cache, accelerator, "cache-dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        score = partial(score_groups, judge=judge, dtype=DTYPES[dtype], device=accelerator.device)
+        score_all(s, rows, group, score, accelerator, folder)
+        accelerator.wait_for_everyone()
+        records = [record for path in sorted(folder.glob("*.json")) for record in read_file(path)["records"]]
+    judge.model = None
+    clear_device_cache(garbage_collection=True)
+    return records
+
+
+def score_all(s, rows, group, score, accelerator: Accelerator, folder: Path) -> None:
+    """Write the files of scores that are not there yet, each of ROWS rows in the data's order, with the position behind
+    them; number k by process k % world, so that any number of processes goes on."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    records, rows, path = [], rows.shard(1, 0), lambda k: folder / f"{k:06d}.json"
+    begun = next(k for k in itertools.count() if not path(k).exists())
+    for k in range(begun):
+        file = read_file(path(k))
+        records += file["records"]
+        rows.load_state_dict(file["position"])
+    known = scores_of(records)
+    # Every process has to have looked before the first one writes.
+    accelerator.wait_for_everyone()
+    stream = iter(rows)
+    with tqdm(desc=f"scoring by {s.relabel}", unit="picture", disable=rank > 0) as bar:
+        for k in itertools.count(begun):
+            if s.max_train_pairs and k % world == 0:
+                accelerator.wait_for_everyone()
+                records += [x for j in range(max(begun, k - world), k) for x in read_file(path(j))["records"]]
+                if count_pairs(s, records) >= s.max_train_pairs:
+                    return
+            part = list(itertools.islice(stream, ROWS))
+            if part and k % world == rank and not path(k).exists():
+                file = {"records": score([group(row) for row in part], known, bar), "position": rows.state_dict()}
+                write_text(path(k), json.dumps(file))
+            if len(part) < ROWS:
+                return
+
+
+def score_groups(groups: list[tuple], known: dict, bar: tqdm, judge: Judge, dtype, device) -> list[dict]:
+    """The records of groups, after known has got the scores that it lacks."""
+    if judge.model is None:
+        quiet_libraries()
+        judge.load(dtype)
+        judge.to(device)
+    keys = [[content_key(picture, caption) for picture in pictures] for caption, pictures, _ in groups]
+    items = {k: (p, group[0]) for group, row in zip(groups, keys, strict=True) for k, p in zip(row, group[1], strict=True)}
+    todo = [k for k in items if k not in known]
+    with ThreadPoolExecutor() as pool:
+        for i in range(0, len(todo), BATCH):
+            batch = todo[i : i + BATCH]
+            images = dict(zip(batch, pool.map(read_image, [items[k][0] for k in batch]), strict=True))
+            there = [k for k in batch if images[k]]
+            values = judge([images[k] for k in there], [items[k][1] for k in there]).tolist() if there else []
+            known |= dict.fromkeys(batch)
+            known |= {k: x for k, x in zip(there, values, strict=True) if math.isfinite(x)}
+            bar.update(len(batch))
+    return [
+        {"keys": row, "scores": [known[k] for k in row], "ranks": ranks}
+        for row, (_, _, ranks) in zip(keys, groups, strict=True)
+    ]
+
+
+def read_image(picture) -> Image.Image | None:
+    """A whole picture in RGB, None where it cannot be read."""
+    try:
+        return open_picture(stored(picture))
+    except UNREADABLE:
+        return None
+
+
+def read_file(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def scores_of(records: list[dict]) -> dict[str, float | None]:
+    return {k: x for record in records for k, x in zip(record["keys"], record["scores"], strict=True)}
+
+
+def count_pairs(s, records: list[dict]) -> int:
+    return sum(len(ordered(ranks_of(x["scores"]), s.ranked_pairs, s.relabel_margin)[0]) for x in records)
+
+
+def tell(s, records: list[dict], accelerator: Accelerator) -> None:
+    """Print how often the judge agrees with the labels, and what the margin drops. UserError where it drops everything."""
+    labelled, gaps = [], []
+    for scores, ranks in ((x["scores"], x["ranks"]) for x in records):
+        judged = ranks_of(scores)
+        gaps += [judged[j] - judged[i] for i, j in ordered(judged, s.ranked_pairs)[0] if scores[j] is not None]
+        labelled += [(scores[i], scores[j]) for i, j in ordered(ranks, s.ranked_pairs)[0]]
+    labelled = [pair for pair in labelled if None not in pair]
+    close = sum(gap < s.relabel_margin for gap in gaps)
+    if gaps and close == len(gaps):
+        most = f"all {close} pairs of {s.dataset} differ by less in {s.relabel}, at most by {max(gaps):.4g}"
+        raise UserError(f"--relabel-margin {s.relabel_margin:g}: {most}; use a smaller one")
+    if labelled:
+        agreed = win_rate(*zip(*labelled, strict=True))
+        rate, low, high = (100 * agreed[k] for k in ("win_rate", "low", "high"))
+        accelerator.print(
+            f"{s.relabel} agrees with the data set's labels in {rate:.1f} % (95 % interval {low:.1f} to {high:.1f}) of "
+            f"{len(labelled)} pairs"
+        )
+    dropped = f", {close} of them closer than --relabel-margin {s.relabel_margin:g} and left out" * (s.relabel_margin > 0)
+    accelerator.print(f"{s.relabel} decides {len(gaps)} pairs{dropped}")
