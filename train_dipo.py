@@ -44,8 +44,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipe
 from tqdm import tqdm
 
 from dipo import checkpoints, cli, training
-from dipo.annotate import find_pairs
-from dipo.cache import open_pairs, read_note
+from dipo.annotate import open_data
+from dipo.cache import open_pairs
 from dipo.cli import Stopped, UserError
 from dipo.devices import DTYPES, claimed, on_cpu
 from dipo.files import writable_folder
@@ -53,7 +53,6 @@ from dipo.models import fitted, load_part, pipeline_class, ready
 from dipo.pairs import make_loader, quiet_data
 from dipo.prompts import read_prompts
 from dipo.results import base_pictures, check_upload, plot_metrics, save_result, upload_result, validate
-from dipo.schemas import open_dataset
 from dipo.settings import completed
 
 
@@ -64,17 +63,16 @@ class Settings:
     vae: str = "madebyollin/sdxl-vae-fp16-fix"
     """VAE that stays finite in fp16: a folder, a file or a hub name; empty (and for SD 1.5 and 2.1): the base model's own"""
     dataset: str = "yuvalkirstain/pickapic_v2"
-    """preference pairs: a hub name, a file (parquet, arrow, tar, jsonl, json) or a folder of them; or pictures alone, as
-    hasty_sample.py --images-per-prompt 2 leaves them, for --relabel"""
+    """preference pairs: a hub name, a file (parquet, arrow, tar, jsonl, json), a folder of them; for --relabel of pictures too"""
     dataset_split: str = "train"
     """the part to train on; of a folder, the files named so, if there are any"""
     ranked_pairs: Literal["all", "best-worst"] = "all"
     """of several pictures ranked for a prompt: every pair of them, or the best and the worst"""
-    relabel: Literal["", "pickscore", "hpsv2", "clipscore"] = ""
-    """winner and loser of every pair, also of ties, by this judge instead of the data set's labels; its scores are cached"""
+    relabel: Literal["pickscore", "hpsv2", "clipscore"] | None = None
+    """winner and loser of every pair, also of ties, by this judge instead of the data set's labels"""
     relabel_margin: float = 0.0
-    """with --relabel: leave pairs out whose scores differ by less, in the judge's own units"""
-    # The judges of --relabel: a folder or a hub name each; of HPSv2 its version too.
+    """leave pairs out whose scores differ by less, in the judge's own units"""
+    # for --relabel: a folder or a hub name of each judge, and which of HPSv2's checkpoints
     pickscore: str = "yuvalkirstain/PickScore_v1"
     pickscore_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     hpsv2: str = "xswu/HPSv2"
@@ -407,10 +405,9 @@ def main(s: Settings) -> None:
     if s.push_to_hub and accelerator.is_main_process:
         check_upload(s.push_to_hub)
     s = fitted(s)
-    rows = None if read_note(s.cache_dir).get("complete") else open_dataset(s.dataset, s.dataset_split)
     with claimed(out, accelerator), training.out_of_memory_told(s.train_batch_size):
         checkpoint, progress = checkpoints.find_progress(s, out, accelerator)
-        find = find_pairs(s, rows, accelerator) if rows is not None else None
+        rows, find = open_data(s, accelerator)
         tell_rates(s, accelerator)
 
         pipe = load_models(s, accelerator.device, s.dtype)

@@ -14,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 from tqdm import tqdm
 
+from dipo.cache import read_note
 from dipo.cli import UserError
 from dipo.devices import DTYPES, claimed, dtype_for
 from dipo.files import fingerprint, writable_folder, write_text
@@ -21,7 +22,7 @@ from dipo.judges import Judge, judge_of
 from dipo.models import quiet_libraries
 from dipo.pairs import check_usable, stored
 from dipo.pictures import UNREADABLE, open_picture
-from dipo.schemas import content_key, layout, located_group, ordered, pairs_in, pairs_of, ranks_of
+from dipo.schemas import content_key, layout, located_group, open_dataset, ordered, pairs_in, pairs_of, ranks_of
 from dipo.stats import win_rate
 
 # Rows of data in a file of scores, pictures that are scored together.
@@ -29,9 +30,13 @@ ROWS = 64
 BATCH = 16
 
 
-def find_pairs(s, rows, accelerator: Accelerator):
-    """What finds the pairs in a row, as dipo.schemas.pairs_of says: by the data set's labels, or by --relabel's judge, which
-    decides all pairs, also those that have no label or are ties. UserError where there is none that can be used."""
+def open_data(s, accelerator: Accelerator) -> tuple:
+    """The data set's rows and what finds the pairs in one, as dipo.schemas.pairs_of says, both None where the cache has all
+    of them. With --relabel its judge decides every pair, also of those that have no label or are ties, which the reference
+    trainer's --choice_model leaves out. UserError where no pair can be used."""
+    if read_note(s.cache_dir).get("complete"):
+        return None, None
+    rows = open_dataset(s.dataset, s.dataset_split)
     if s.relabel:
         schema, folder = layout(rows, s.dataset, s.dataset_split)
         records = scored(s, rows, partial(located_group, schema=schema, folder=folder), accelerator)
@@ -41,7 +46,7 @@ def find_pairs(s, rows, accelerator: Accelerator):
     else:
         find = pairs_of(rows, s.dataset, s.dataset_split, s.ranked_pairs)
     check_usable(rows, find, s.dataset)
-    return find
+    return rows, find
 
 
 def scored(s, rows, group, accelerator: Accelerator) -> list[dict]:

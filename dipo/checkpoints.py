@@ -29,7 +29,7 @@ MAY_CHANGE += ("max_grad_norm", "checkpoint_every", "keep_checkpoints", "validat
 MAY_CHANGE += ("max_mse_ratio", "wandb", "save_dtype", "gradient_checkpointing", "lr_warmup_steps", "train_batch_size")
 MAY_CHANGE += ("num_workers", "push_to_hub")
 # What older versions knew no other of, so that their checkpoints and caches do not say it.
-ONLY_SETTINGS = {"dataset_split": "train", "ranked_pairs": "all", "relabel": "", "relabel_margin": 0.0, "flip": False}
+ONLY_SETTINGS = {"dataset_split": "train", "ranked_pairs": "all", "relabel": None, "relabel_margin": 0.0, "flip": False}
 
 
 def checksum(path: Path) -> int:

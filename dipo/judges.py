@@ -29,7 +29,7 @@ def loading(flag: str, name: str, *files: str):
         what, reason = " and ".join(files) or "the model", first_line(root_cause(e))[:200]
         raise UserError(
             f"--{flag} {name}: {what} cannot be loaded ({reason}); fetch it with download_models.py or hf download, or set "
-            f"{flag.replace('-', '_')} at the top of the script to a copy; images that are made already are kept"
+            f"{flag.replace('-', '_')} at the top of the script to a copy; what is made already is kept"
         ) from e
 
 

@@ -16,8 +16,8 @@ LEVELS = (
     ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums"),
     ("models", "settings", "hub", "folders"),
     ("compiled", "judges", "loras", "training", "schemas"),
-    ("batches", "scores", "tables", "cache", "annotate", "results", "pickapic"),
-    ("study",),
+    ("batches", "scores", "tables", "cache", "results", "pickapic"),
+    ("study", "annotate"),
 )
 
 

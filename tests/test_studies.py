@@ -472,7 +472,7 @@ def test_a_missing_judge_costs_no_images(copy, run, script):
             and "fetch it with download_models.py" in err
         )
         assert f"set {flag[2:]} at the top of the script" in " ".join(err.split())
-        assert "images that are made already are kept" in err and "Traceback" not in err
+        assert "what is made already is kept" in err and "Traceback" not in err
     assert len(list(folder.glob("*/*.png"))) == count
 
 
