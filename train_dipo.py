@@ -63,7 +63,7 @@ class Settings:
     vae: str = "madebyollin/sdxl-vae-fp16-fix"
     """VAE that stays finite in fp16: a folder, a file or a hub name; empty (and for SD 1.5 and 2.1): the base model's own"""
     dataset: str = "yuvalkirstain/pickapic_v2"
-    """preference pairs: a hub name, a file (parquet, arrow, tar, jsonl, json), a folder of them; for --relabel of pictures too"""
+    """pairs: a hub name, a file (parquet, arrow, tar, jsonl, json), a folder of them, or of pictures alone for --relabel"""
     dataset_split: str = "train"
     """the part to train on; of a folder, the files named so, if there are any"""
     ranked_pairs: Literal["all", "best-worst"] = "all"

