@@ -115,7 +115,7 @@ class Settings:
     lora_rank: int = 0
     """train a LoRA of this rank instead of all weights; the reference model is then the same UNet without it"""
     flip: bool = True
-    """mirror a pair as often as not, both pictures alike, as the reference trainer does"""
+    """mirror a pair as often as not, both pictures alike (the reference trainer: each by itself)"""
     resolution: int | None = None
     """pixels of a side, after resize and centre crop; default: the model's own, 1024 for SDXL, 512 for SD 1.5"""
     mixed_precision: Literal["auto", "bf16", "fp16", "no"] = "auto"

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -39,9 +40,9 @@ def open_data(s, accelerator: Accelerator) -> tuple:
     rows = open_dataset(s.dataset, s.dataset_split)
     if s.relabel:
         schema, folder = layout(rows, s.dataset, s.dataset_split)
-        records = scored(s, rows, partial(located_group, schema=schema, folder=folder), accelerator)
-        tell(s, records, accelerator)
-        judged = {"scores": scores_of(records), "margin": s.relabel_margin}
+        files = scored(s, rows, partial(located_group, schema=schema, folder=folder), accelerator)
+        tell(s, files, accelerator)
+        judged = {"scores": scores_of(records_in(files)), "margin": s.relabel_margin}
         find = partial(pairs_in, schema=schema, folder=folder, ranked_pairs=s.ranked_pairs, **judged)
     else:
         find = pairs_of(rows, s.dataset, s.dataset_split, s.ranked_pairs)
@@ -49,9 +50,9 @@ def open_data(s, accelerator: Accelerator) -> tuple:
     return rows, find
 
 
-def scored(s, rows, group, accelerator: Accelerator) -> list[dict]:
-    """For each row the keys of its pictures, their scores (None: cannot be read) and the ranks by the labels; with
-    max_train_pairs of as many rows as it takes. By all processes together. group: maps a row to caption, pictures, ranks."""
+def scored(s, rows, group, accelerator: Accelerator) -> list[Path]:
+    """Files of records, one for each row: the keys of its pictures, their scores (None: cannot be read) and the ranks by the
+    labels. With max_train_pairs of as many rows as it takes. group: maps a row to caption, pictures and ranks."""
     judge, dtype = judge_of(s), dtype_for("auto", accelerator.device)
     by = [judge.name, judge.source, fingerprint(*judge.weights), dtype, s.dataset, s.dataset_split]
     cache = writable_folder(s.cache_dir, "cache-dir")
@@ -61,23 +62,20 @@ def scored(s, rows, group, accelerator: Accelerator) -> list[dict]:
         score = partial(score_groups, judge=judge, dtype=DTYPES[dtype], device=accelerator.device)
         score_all(s, rows, group, score, accelerator, folder)
         accelerator.wait_for_everyone()
-        records = [record for path in sorted(folder.glob("*.json")) for record in read_file(path)["records"]]
     judge.model = None
     clear_device_cache(garbage_collection=True)
-    return records
+    return sorted(folder.glob("*.json"))
 
 
 def score_all(s, rows, group, score, accelerator: Accelerator, folder: Path) -> None:
     """Write the files of scores that are not there yet, each of ROWS rows in the data's order, with the position behind
     them; number k by process k % world, so that any number of processes goes on."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    records, rows, path = [], rows.shard(1, 0), lambda k: folder / f"{k:06d}.json"
-    begun = next(k for k in itertools.count() if not path(k).exists())
-    for k in range(begun):
-        file = read_file(path(k))
-        records += file["records"]
-        rows.load_state_dict(file["position"])
-    known = scores_of(records)
+    rows, path = rows.shard(1, 0), lambda k: folder / f"{k:06d}.json"
+    whole = list(itertools.takewhile(Path.exists, map(path, itertools.count())))
+    known, found, begun = scores_of(records_in(whole)), count_pairs(s, whole), len(whole)
+    if whole:
+        rows.load_state_dict(json.loads(whole[-1].read_text())["position"])
     # Every process has to have looked before the first one writes.
     accelerator.wait_for_everyone()
     stream = iter(rows)
@@ -85,8 +83,8 @@ def score_all(s, rows, group, score, accelerator: Accelerator, folder: Path) -> 
         for k in itertools.count(begun):
             if s.max_train_pairs and k % world == 0:
                 accelerator.wait_for_everyone()
-                records += [x for j in range(max(begun, k - world), k) for x in read_file(path(j))["records"]]
-                if count_pairs(s, records) >= s.max_train_pairs:
+                found += count_pairs(s, [path(j) for j in range(max(begun, k - world), k)])
+                if found >= s.max_train_pairs:
                     return
             part = list(itertools.islice(stream, ROWS))
             if part and k % world == rank and not path(k).exists():
@@ -102,8 +100,9 @@ def score_groups(groups: list[tuple], known: dict, bar: tqdm, judge: Judge, dtyp
         quiet_libraries()
         judge.load(dtype)
         judge.to(device)
-    keys = [[content_key(picture, caption) for picture in pictures] for caption, pictures, _ in groups]
-    items = {k: (p, group[0]) for group, row in zip(groups, keys, strict=True) for k, p in zip(row, group[1], strict=True)}
+    records = [{"keys": [content_key(p, caption) for p in pictures], "ranks": ranks} for caption, pictures, ranks in groups]
+    named = zip(records, groups, strict=True)
+    items = {k: (p, caption) for x, (caption, pictures, _) in named for k, p in zip(x["keys"], pictures, strict=True)}
     todo = [k for k in items if k not in known]
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(todo), BATCH):
@@ -114,10 +113,7 @@ def score_groups(groups: list[tuple], known: dict, bar: tqdm, judge: Judge, dtyp
             known |= dict.fromkeys(batch)
             known |= {k: x for k, x in zip(there, values, strict=True) if math.isfinite(x)}
             bar.update(len(batch))
-    return [
-        {"keys": row, "scores": [known[k] for k in row], "ranks": ranks}
-        for row, (_, _, ranks) in zip(keys, groups, strict=True)
-    ]
+    return [x | {"scores": [known[k] for k in x["keys"]]} for x in records]
 
 
 def read_image(picture) -> Image.Image | None:
@@ -128,23 +124,24 @@ def read_image(picture) -> Image.Image | None:
         return None
 
 
-def read_file(path: Path) -> dict:
-    return json.loads(path.read_text())
+def records_in(files: list[Path]) -> Iterator[dict]:
+    for path in files:
+        yield from json.loads(path.read_text())["records"]
 
 
-def scores_of(records: list[dict]) -> dict[str, float | None]:
-    return {k: x for record in records for k, x in zip(record["keys"], record["scores"], strict=True)}
+def scores_of(records: Iterable[dict]) -> dict[str, float | None]:
+    return {k: score for x in records for k, score in zip(x["keys"], x["scores"], strict=True)}
 
 
-def count_pairs(s, records: list[dict]) -> int:
-    return sum(len(ordered(ranks_of(x["scores"]), s.ranked_pairs, s.relabel_margin)[0]) for x in records)
+def count_pairs(s, files: list[Path]) -> int:
+    return sum(len(ordered(ranks_of(x["scores"]), s.ranked_pairs, s.relabel_margin)[0]) for x in records_in(files))
 
 
-def tell(s, records: list[dict], accelerator: Accelerator) -> None:
+def tell(s, files: list[Path], accelerator: Accelerator) -> None:
     """Print how often the judge agrees with the labels, and what the margin drops. UserError where it drops everything."""
     labelled, gaps = [], []
-    for scores, ranks in ((x["scores"], x["ranks"]) for x in records):
-        judged = ranks_of(scores)
+    for x in records_in(files):
+        scores, ranks, judged = x["scores"], x["ranks"], ranks_of(x["scores"])
         gaps += [judged[j] - judged[i] for i, j in ordered(judged, s.ranked_pairs)[0] if scores[j] is not None]
         labelled += [(scores[i], scores[j]) for i, j in ordered(ranks, s.ranked_pairs)[0]]
     labelled = [pair for pair in labelled if None not in pair]

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 
 from dipo.cli import UserError
-from dipo.pictures import open_picture
+from dipo.pictures import UNREADABLE, open_picture
 
 # Where a block of a lane begins: as many pairs lie before it in this epoch (first) and in all.
 START = {"epoch": 0, "block": 0, "first": 0, "before": 0, "rows": None}
@@ -59,7 +59,7 @@ def read_pair(pair: dict, resolution: int) -> dict | None:
     None where a picture cannot be read."""
     try:
         pixels = np.stack([read_picture(stored(pair[k]), resolution) for k in ("winner", "loser")])
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, Image.DecompressionBombError):
+    except UNREADABLE:
         return None
     return {"pixels": torch.from_numpy(pixels), "caption": pair["caption"]}
 
