@@ -59,7 +59,7 @@ def wide(left: int, middle: int) -> bytes:
 
 
 def make_rows(n, seed=0):
-    """Pick-a-Pic's columns: pictures of random reds, some of them equal, some cannot be read, with labels of any kind."""
+    """Pick-a-Pic's columns: pictures of random reds, some equal, repeated or not to be read, with labels of any kind."""
     rng = np.random.default_rng(seed)
     reds = 10 * rng.integers(0, 25, (n, 2, 2))
     labels = [(1.0, 0.0, 0.5, None)[i % 4] for i in range(n)]
@@ -67,6 +67,7 @@ def make_rows(n, seed=0):
     rows = [row | {"caption": f"caption {i}"} for i, row in enumerate(rows)]
     rows[5] |= {"jpg_1": rows[5]["jpg_0"]}
     rows[6] |= {"jpg_0": b"no picture"}
+    rows[30] |= {k: rows[20][k] for k in ("jpg_0", "jpg_1", "caption")}
     return rows
 
 
