@@ -273,7 +273,7 @@ def drift_error(step: int, mse: float, reference_mse: float, max_ratio: float) -
 
 
 def warn_of_displacement(metrics: Path, progress: dict) -> None:
-    """Once in a run, a warning where over the last 20 steps the loss lies below the first step's and the winners' noise error
+    """Once in a run, a warning where over the last 20 steps the loss is below the first step's and the winners' noise error
     above the reference's, each by more than two standard errors. progress: gets a note of it."""
     table = pd.read_csv(metrics) if metrics.exists() else pd.DataFrame()
     last = table.tail(20)
