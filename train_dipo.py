@@ -36,19 +36,19 @@ from typing import Literal
 
 import diffusers
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
-from dipo import checkpoints, cli, training
+from dipo import checkpoints, cli, losses, training
 from dipo.annotate import open_data
 from dipo.cache import open_pairs
 from dipo.cli import Stopped, UserError
 from dipo.devices import DTYPES, claimed, on_cpu
 from dipo.files import writable_folder
+from dipo.losses import preference_loss
 from dipo.models import fitted, load_part, pipeline_class, ready
 from dipo.pairs import make_loader, quiet_data
 from dipo.prompts import read_prompts
@@ -62,6 +62,10 @@ class Settings:
     """SDXL pipeline to train and to compare with, or one of SD 1.5 or 2.1: a folder, a .safetensors file or a hub name"""
     vae: str = "madebyollin/sdxl-vae-fp16-fix"
     """VAE that stays finite in fp16: a folder, a file or a hub name; empty (and for SD 1.5 and 2.1): the base model's own"""
+    init_unet: str = ""
+    """UNet to start from, as --dpo-unet of hasty_sample.py takes it; empty: the base model's own"""
+    reference: Literal["init", "base"] = "init"
+    """the reference model: the UNet that training starts from, or the base model's own"""
     dataset: str = "yuvalkirstain/pickapic_v2"
     """pairs: a hub name, a file (parquet, arrow, tar, jsonl, json), a folder of them, or of pictures alone for --relabel"""
     dataset_split: str = "train"
@@ -101,11 +105,17 @@ class Settings:
     scale_lr: bool = True
     """multiply the learning rate by the effective batch size, as the reference trainer's --scale_lr does"""
     lr_warmup_steps: int = 200
-    """steps of linear warm-up; constant afterwards"""
-    beta_dpo: float = 5000.0
-    """strength of the tie to the reference model"""
-    optimizer: Literal["adafactor", "adamw"] = "adafactor"
-    """adafactor takes little memory"""
+    """steps of linear warm-up"""
+    lr_scheduler: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """the learning rate after warm-up: as it is, or down to 0 at the last step"""
+    loss: Literal["dpo", "ipo", "sft", "kto", "mapo", "dspo"] = "dpo"
+    """the objective, from dipo/losses.py; sft and mapo need no reference model in memory"""
+    beta_dpo: float | None = None
+    """strength of the tie to the reference model; default: the loss's own, 5000 for dpo"""
+    winner_preserving: float | None = None
+    """scale the loser's gradient so that the winner's error does not grow (Diffusion-SDPO): 0, or more, up to 1, for sure"""
+    optimizer: Literal["adafactor", "adamw", "adamw8bit"] = "adafactor"
+    """adafactor takes little memory; so does adamw8bit, which needs a GPU and bitsandbytes"""
     weight_decay: float = 0.01
     """decoupled weight decay"""
     max_grad_norm: float = 1.0
@@ -114,6 +124,10 @@ class Settings:
     """share of pairs trained on the unconditional side, SDXL's zeros (the reference trainer: on an empty caption)"""
     lora_rank: int = 0
     """train a LoRA of this rank instead of all weights; the reference model is then the same UNet without it"""
+    lora_alpha: float | None = None
+    """the LoRA is multiplied by this over its rank; default: the rank"""
+    lora_targets: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
+    """layers that get a LoRA, by how their names end; to the defaults one may add proj_in proj_out ff.net.0.proj ff.net.2"""
     flip: bool = True
     """mirror a pair as often as not, both pictures alike (the reference trainer: each by itself)"""
     resolution: int | None = None
@@ -170,7 +184,6 @@ DEMO = {
     "learning_rate": 1e-5,
     "scale_lr": False,
     "lr_warmup_steps": 20,
-    "beta_dpo": 1000.0,
     "optimizer": "adamw",
     "caption_dropout": 0.0,
     "flip": False,  # its pictures are drawn as often one way round as the other
@@ -179,28 +192,13 @@ DEMO = {
     "validate_every": 50,
     "validation_prompts": "assets/demo/prompts.txt",
 }
+DEMO_BETAS = {"dpo": 1000.0, "ipo": 1000.0, "kto": 500.0}
 VALIDATION_PROMPTS = (
     "a close-up portrait of an old fisherman in a yellow raincoat, soft window light",
     "a lighthouse on a cliff above a stormy sea at dusk",
     "abstract composition of overlapping circles in teal and copper",
     "a red fox reading a newspaper in a train, 35mm photograph",
 )
-
-
-def dpo_loss(model_pred: torch.Tensor, reference_pred: torch.Tensor, target: torch.Tensor, beta_dpo: float):
-    """Diffusion-DPO's loss (Wallace et al. 2024, equation 14, with a constant weight) of B pairs.
-
-    model_pred, reference_pred, target: (2B, C, H, W), the winners first; the target is the noise, which winner and loser
-    share, or their v (Salimans and Ho 2022), whose squared error is the noise's over alpha_bar. With m and r the mean
-    squared errors of model and reference, a pair's argument is -beta / 2 * ((m_w - m_l) - (r_w - r_l)), its loss
-    -log sigmoid(argument), computed in float32 (float64 for float64). Returns the mean loss (), the arguments (B,), and m
-    and r (2B,).
-    """
-    kind = torch.float64 if target.dtype == torch.float64 else torch.float32
-    m, r = ((pred.to(kind) - target.to(kind)).square().mean(dim=(1, 2, 3)) for pred in (model_pred, reference_pred))
-    (m_w, m_l), (r_w, r_l) = m.chunk(2), r.chunk(2)
-    argument = -beta_dpo / 2 * ((m_w - m_l) - (r_w - r_l))
-    return -F.logsigmoid(argument).mean(), argument, m, r
 
 
 def complete(s: Settings) -> Settings:
@@ -210,6 +208,8 @@ def complete(s: Settings) -> Settings:
         s = replace(s, cache_dir=str(Path(s.output_dir) / "cache"))
     if s.mixed_precision == "auto":
         s = replace(s, mixed_precision=training.best_precision(s.device))
+    if s.beta_dpo is None:
+        s = replace(s, beta_dpo=(losses.BETAS | (DEMO_BETAS if s.demo else {})).get(s.loss))
     return s
 
 
@@ -225,8 +225,8 @@ def open_accelerator(s: Settings, out: Path) -> Accelerator:
         # A process that encodes or writes keeps the others waiting longer than the ten minutes that NCCL would allow.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
-    if training.in_parts(accelerator) and s.optimizer == "adafactor":
-        raise UserError("--optimizer adafactor: does not work on weights in parts (FSDP, DeepSpeed); use --optimizer adamw")
+    if training.in_parts(accelerator) and s.optimizer != "adamw":
+        raise UserError(f"--optimizer {s.optimizer}: does not work on weights in parts (FSDP, DeepSpeed); use adamw")
     if training.in_parts(accelerator) and s.lora_rank:
         raise UserError(f"--lora-rank {s.lora_rank}: has no use for FSDP or DeepSpeed; launch without their configuration")
     return accelerator
@@ -240,7 +240,7 @@ def tell_rates(s: Settings, accelerator: Accelerator) -> None:
     accelerator.print(
         f"effective batch {s.effective_batch_size} = {s.train_batch_size} per device x {world} "
         f"{'process' if world == 1 else 'processes'} x {accelerator.gradient_accumulation_steps} accumulated\n"
-        f"learning rate {s.full_learning_rate:.4g}{times}"
+        f"learning rate {s.full_learning_rate:.4g}{times}\n{training.what_to_watch(s)}"
     )
 
 
@@ -248,7 +248,8 @@ def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> Diffus
     """SDXL (or SD 1.5, 2.1) on the device: VAE and text encoders frozen in dtype, the UNet in float32, or in dtype for a
     LoRA. UserError when a model cannot be loaded."""
     unet_dtype = dtype if s.lora_rank else torch.float32
-    parts = {"unet": load_part(UNet2DConditionModel, "base-model", s.base_model, "unet", unet_dtype)}
+    unet = ("init-unet", s.init_unet) if s.init_unet else ("base-model", s.base_model)
+    parts = {"unet": load_part(UNet2DConditionModel, *unet, "unet", unet_dtype, s.base_model)}
     if s.vae:
         parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype, s.base_model)
     pipe = load_part(pipeline_class(s.base_model), "base-model", s.base_model, "", dtype, **parts)
@@ -261,14 +262,18 @@ def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> Diffus
 
 
 def wrap(s: Settings, pipe: DiffusionPipeline, accelerator: Accelerator):
-    """The UNet as accelerate, FSDP or DeepSpeed have it, its optimizer, and the frozen reference (None for a LoRA)."""
+    """The UNet as accelerate, FSDP or DeepSpeed have it, its optimizer, and the frozen reference (None where the loss has no
+    use for one, and for a LoRA)."""
     unet, dtype, reference = pipe.unet, s.dtype, None
     if s.lora_rank:
         torch.manual_seed(s.seed)
-        training.add_lora(unet, s.lora_rank, dtype)
+        training.add_lora(s, unet, dtype)
         checkpoints.lora_hooks(accelerator, unet)
-    else:
-        reference = training.make_reference(unet, dtype, norms=dtype if training.in_parts(accelerator) else torch.float32)
+    elif s.loss not in losses.WITHOUT_REFERENCE:
+        norms = dtype if training.in_parts(accelerator) else torch.float32
+        if s.reference == "base":
+            base = load_part(UNet2DConditionModel, "base-model", s.base_model, "unet", torch.float32).to(unet.device)
+        reference = training.make_reference(unet if s.reference == "init" else base, dtype, norms)
     unet.train()
     if s.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -295,15 +300,16 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
     unconditional = training.encode_unconditional(pipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     loader, before = make_loader(pairs, s.train_batch_size, s.num_workers, device), training.probe(parameters)
+    schedule, with_reference = training.schedule(s), s.loss not in losses.WITHOUT_REFERENCE
     position, size = pairs.position, s.effective_batch_size
     total, done = s.max_train_steps * size, progress["step"] * size
     bar = tqdm(total=total, initial=done, unit="pair", desc="training", disable=not accelerator.is_main_process)
     with bar, contextlib.closing(loader), checkpoints.Signals() as signals:
         while progress["step"] < s.max_train_steps:
-            lr = s.full_learning_rate * min(1.0, (progress["step"] + 1) / max(1, s.lr_warmup_steps))
+            lr = s.full_learning_rate * schedule(progress["step"] + 1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            began, sums, left_out = time.perf_counter(), torch.zeros(4, device=device), torch.zeros(2)
+            began, sums, left_out = time.perf_counter(), torch.zeros(6, device=device), torch.zeros(2)
             for i in range(accelerator.gradient_accumulation_steps):
                 if number := signals.anywhere(accelerator):
                     # What this step has added up is let go; the checkpoint is of its beginning.
@@ -315,17 +321,18 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                 noise, t = torch.cat([noise, noise]), torch.cat([t, t])
                 noisy = noise_scheduler.add_noise(latents, noise, t).to(s.dtype)
                 target = noise_scheduler.get_velocity(latents, noise, t) if predicts_v else noise
-                given = text.last(len(noisy))
+                given, reference_pred = text.last(len(noisy)), None
                 with accelerator.accumulate(model):
-                    with (
-                        torch.no_grad(),
-                        training.autocast(accelerator),
-                        training.base_model(model, pipe.unet, reference) as base,
-                    ):
-                        reference_pred = base(noisy, t, **given)[0]
-                    model_pred = model(noisy, t, **given)[0]
-                    loss, argument, m, r = dpo_loss(model_pred, reference_pred, target, s.beta_dpo)
-                    if progress["step"] == 0 and i == 0:
+                    if with_reference:
+                        with (
+                            torch.no_grad(),
+                            training.autocast(accelerator),
+                            training.base_model(model, pipe.unet, reference) as base,
+                        ):
+                            reference_pred = base(noisy, t, **given)[0]
+                    preds = model(noisy, t, **given)[0], reference_pred
+                    loss, argument, errors = preference_loss(s.loss, *preds, target, s.beta_dpo, s.winner_preserving)
+                    if progress["step"] == 0 and i == 0 and with_reference and s.reference == "init":
                         training.check_start(argument)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
@@ -335,16 +342,20 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                             optimizer.step()
                     optimizer.zero_grad()
                 accuracy = (argument > 0).float() + (argument == 0).float() / 2
-                sums += torch.stack([loss, accuracy.mean(), m.mean(), r.mean()]).detach()
+                sums += torch.stack([loss, accuracy.mean(), *(x.mean() for x in errors[:4])]).detach()
                 left_out += torch.stack([batch["ties"], batch["unreadable"].sum()])
 
             sums /= accelerator.gradient_accumulation_steps * accelerator.num_processes
-            loss, accuracy, m, r, *counts = accelerator.reduce(torch.cat([sums, left_out.to(device)]), "sum").tolist()
+            loss, accuracy, *sides, ties, bad = accelerator.reduce(torch.cat([sums, left_out.to(device)]), "sum").tolist()
             skipped = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
             skipped |= not math.isfinite(norm) and not deepspeed
-            step = checkpoints.count_step(progress, size, skipped, *counts)
+            step = checkpoints.count_step(progress, size, skipped, ties, bad)
             position = behind
+            # Without a reference the errors of the first step stand in for its own.
+            m_w, m_l, r_w, r_l = sides if with_reference else sides[:2] + progress.setdefault("first_errors", sides[:2])
+            m, r = (m_w + m_l) / 2, (r_w + r_l) / 2
             row = {"loss": loss, "implicit_accuracy": accuracy, "model_mse": m, "reference_mse": r}
+            row |= {"winner_mse": m_w, "loser_mse": m_l, "winner_change": m_w - r_w, "loser_change": m_l - r_l}
             row |= {"learning_rate": lr, "grad_norm": norm, "pairs_per_second": size / (time.perf_counter() - began)}
             row |= {k: progress[k] for k in ("skipped", "ties", "unreadable")}
             accelerator.log(row, step=step)
@@ -370,10 +381,11 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
 
 
 def keep(s: Settings, accelerator: Accelerator, out: Path, progress: dict, position: dict) -> None:
-    """A checkpoint, and loss.png up to it."""
+    """A checkpoint, loss.png up to it, and a warning where the metrics give reason for one."""
     checkpoints.save_checkpoint(accelerator, out, progress, position, s.keep_checkpoints)
     if accelerator.is_main_process:
-        plot_metrics(out)
+        plot_metrics(out, losses.STARTS.get(s.loss))
+        training.warn_of_displacement(out / "metrics.csv", progress)
 
 
 def release(s: Settings, accelerator: Accelerator, pipe, model, progress: dict, out: Path) -> None:
@@ -413,17 +425,16 @@ def main(s: Settings) -> None:
         pipe = load_models(s, accelerator.device, s.dtype)
         pairs, left_out = open_pairs(s, rows, find, pipe, accelerator)
         model, optimizer, reference = wrap(s, pipe, accelerator)
+        same_prompts = checkpoint and progress["settings"]["validation_prompts"] == s.validation_prompts
+        if s.validate_every and not (same_prompts and base_pictures(out, prompts)[-1].exists()):
+            validate(s, pipe, model, prompts, accelerator, out, step=0)
         if checkpoint:
             pairs.load(checkpoints.load_checkpoint(accelerator, checkpoint))
-        same_prompts = checkpoint and progress["settings"]["validation_prompts"] == s.validation_prompts
         progress |= left_out | {"settings": asdict(s)}
         if accelerator.is_main_process:
             checkpoints.open_metrics(out / "metrics.csv", progress["step"])
         config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
         accelerator.init_trackers("dipo", config, {"tensorboard": {"purge_step": progress["step"] + 1}})
-        if s.validate_every and not (same_prompts and base_pictures(out, prompts)[-1].exists()):
-            with training.base_model(model, pipe.unet, reference) as base:
-                validate(s, pipe, base, prompts, accelerator, out, step=0)
         if progress["step"] >= s.max_train_steps:
             accelerator.print(
                 f"step {progress['step']} is at or beyond --max-train-steps {s.max_train_steps}: nothing to train, saving it"

@@ -42,6 +42,7 @@ from dipo import schemas
 from dipo.cli import UserError, first_line
 from dipo.devices import clock
 from dipo.files import find_path
+from dipo.losses import BETAS, preference_loss
 from dipo.models import encode
 from dipo.pairs import read_pair
 
@@ -119,7 +120,7 @@ def reference_way(s: Settings, model: str, pairs: Path, device: torch.device) ->
                 base = reference(noisy, t, **given)[0]
             with torch.autocast(device.type, half, enabled=cuda):
                 out = unet(noisy, t, **given)[0]
-            loss = train_dipo.dpo_loss(out, base, noise, train_dipo.Settings.beta_dpo)[0]
+            loss = preference_loss("dpo", out, base, noise, BETAS["dpo"])[0]
             scaler.scale(loss / s.effective_batch_size).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

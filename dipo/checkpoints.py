@@ -27,7 +27,7 @@ STEP = "step-" + "[0-9]" * 7
 MAY_CHANGE = ("output_dir", "resume", "demo", "max_train_steps", "learning_rate", "scale_lr", "beta_dpo", "weight_decay")
 MAY_CHANGE += ("max_grad_norm", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_prompts", "device")
 MAY_CHANGE += ("max_mse_ratio", "wandb", "save_dtype", "gradient_checkpointing", "lr_warmup_steps", "train_batch_size")
-MAY_CHANGE += ("num_workers", "push_to_hub")
+MAY_CHANGE += ("num_workers", "push_to_hub", "winner_preserving", "lr_scheduler")
 # What older versions knew no other of, so that their checkpoints and caches do not say it.
 ONLY_SETTINGS = {"dataset_split": "train", "ranked_pairs": "all", "relabel": None, "relabel_margin": 0.0, "flip": False}
 
@@ -104,6 +104,7 @@ def find_progress(s, out: Path, accelerator: Accelerator) -> tuple[str, dict]:
     progress = json.loads((Path(checkpoint) / "progress.json").read_text())
     for key, value in asdict(s).items():
         old = progress["settings"].get(key, ONLY_SETTINGS.get(key, value))
+        value = list(value) if isinstance(value, tuple) else value  # as JSON has it
         if old == value or key in ("output_dir", "resume") or (key == "cache_dir" and old and value):
             continue
         if key not in MAY_CHANGE:
@@ -164,9 +165,9 @@ def open_metrics(path: Path, step: int) -> None:
 
 
 def add_metrics(path: Path, row: dict) -> None:
-    """Add one row, with a header before the first; whoever reads the file meanwhile sees whole rows."""
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_text(path, old + pd.DataFrame([row]).to_csv(index=False, header=not old))
+    """Add one row; whoever reads the file meanwhile sees whole rows. An older version's file gets the columns it lacks."""
+    old = [pd.read_csv(path, dtype=str)] if path.exists() else []
+    write_text(path, pd.concat([*old, pd.DataFrame([row]).astype(str)]).to_csv(index=False))
 
 
 class Signals:

@@ -1,6 +1,5 @@
 """What a training run leaves: validation pictures, loss.png, weights with settings and a model card; its upload."""
 
-import math
 import shlex
 import shutil
 from dataclasses import asdict
@@ -56,25 +55,30 @@ def validate(s, pipe, unet, prompts: list[str], accelerator: Accelerator, out: P
             path.unlink()
 
 
-def plot_metrics(out: Path) -> None:
-    """loss.png: loss, implicit accuracy and noise errors over the steps, each step and a running mean."""
+def plot_metrics(out: Path, start: float | None) -> None:
+    """loss.png: loss (with a line at its start, where that is known), implicit accuracy, and how the noise errors of winners
+    and losers changed, over the steps, each step and a running mean."""
     if not (out / "metrics.csv").exists():
         return
     table = pd.read_csv(out / "metrics.csv")
     window = max(1, len(table) // 20)
-    excess = (table.model_mse / table.reference_mse - 1) * 100
-    curves = [
-        ("loss", table.loss, math.log(2), "ln 2, where training starts"),
-        ("implicit accuracy", table.implicit_accuracy, 0.5, "chance"),
-        ("model's noise error over\nthe reference's, %", excess, 0, "the reference's"),
+    errors, changes = (table.reindex(columns=[f"{side}_{x}" for side in ("winner", "loser")]) for x in ("mse", "change"))
+    before = (errors - changes.to_numpy()).rolling(window, min_periods=1).mean()
+    changes = 100 * changes / before.to_numpy()
+    panels = [
+        ("loss", {"": table.loss}, start, "where it starts"),
+        ("implicit accuracy", {"": table.implicit_accuracy}, 0.5, "chance"),
+        ("change of the noise error, %", {"winners, ": changes.winner_change, "losers, ": changes.loser_change}, 0, None),
     ]
     figure = matplotlib.figure.Figure(figsize=(7, 7.5), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True)
-    for axis, (title, curve, level, name) in zip(axes, curves, strict=True):
-        axis.plot(table.step, curve, color="tab:blue", alpha=0.3, lw=1, label="each step")
-        mean = curve.rolling(window, min_periods=1).mean()
-        axis.plot(table.step, mean, color="tab:blue", lw=2, label=f"mean of the last {window}")
-        axis.axhline(level, color="grey", ls="--", lw=1, label=name)
+    for axis, (title, curves, level, name) in zip(axes, panels, strict=True):
+        for (of, curve), colour in zip(curves.items(), ("tab:blue", "tab:orange"), strict=False):
+            axis.plot(table.step, curve, color=colour, alpha=0.3, lw=1, label=f"{of}each step")
+            mean = curve.rolling(window, min_periods=1).mean()
+            axis.plot(table.step, mean, color=colour, lw=2, label=f"{of}mean of the last {window}")
+        if level is not None:
+            axis.axhline(level, color="grey", ls="--", lw=1, label=name)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
@@ -86,7 +90,11 @@ def plot_metrics(out: Path) -> None:
 def save_result(s, out: Path, unet: UNet2DConditionModel, weights: dict, summary: dict) -> None:
     """unet/ or pytorch_lora_weights.safetensors in save_dtype, settings.yaml and the model card, each whole or not there.
     weights: the trained UNet's state dict. summary: what the run came to, for settings and card."""
-    weights = get_peft_model_state_dict(unet, state_dict=weights) if s.lora_rank else weights
+    if s.lora_rank:
+        # With alpha in B no reader has to know of it.
+        scale = (s.lora_alpha or s.lora_rank) / s.lora_rank
+        weights = get_peft_model_state_dict(unet, state_dict=weights)
+        weights = {k: v * scale if "lora_B" in k else v for k, v in weights.items()}
     weights = {k: v.to(DTYPES[s.save_dtype]) for k, v in weights.items()}
     if s.lora_rank:
         layers = convert_state_dict_to_diffusers(weights)

@@ -2,21 +2,26 @@
 
 import contextlib
 import copy
+import importlib.util
 import math
 import sys
+from pathlib import Path
 
+import pandas as pd
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import is_wandb_available
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from tqdm import tqdm
 
 from dipo.cli import UserError
 from dipo.devices import on_cpu
+from dipo.losses import STARTS, WITHOUT_REFERENCE
 from dipo.models import Text, text_of
 from dipo.settings import check_at_least
 
@@ -31,9 +36,9 @@ def check_training(s) -> None:
     check_at_least(s, max_train_pairs=1, seed=0, resolution=8)
     if not 0 <= s.weight_decay < math.inf:
         raise UserError(f"--weight-decay {s.weight_decay}: use 0 or more")
-    for name in ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio"):
+    for name in ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio", "lora_alpha"):
         value = getattr(s, name)
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} {value}: use a finite number above 0")
     if not 0 <= s.caption_dropout < 1:
         raise UserError(f"--caption-dropout {s.caption_dropout}: use 0 (every pair with its caption) to less than 1")
@@ -45,6 +50,14 @@ def check_training(s) -> None:
         raise UserError("--relabel clipscore: there is no model (--clip is empty, as the demo's is); give one")
     if s.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16: needs a CUDA GPU; use bf16 or no")
+    if s.winner_preserving is not None and not 0 <= s.winner_preserving <= 1:
+        raise UserError(f"--winner-preserving {s.winner_preserving}: use 0 to 1")
+    if s.winner_preserving is not None and s.loss == "sft":
+        raise UserError("--winner-preserving: sft trains on winners only; leave it out, or use another --loss")
+    if s.reference == "base" and (s.lora_rank or s.loss in WITHOUT_REFERENCE or not s.init_unet):
+        raise UserError("--reference base: is for --init-unet with a loss that has a reference, and without --lora-rank")
+    if s.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("--optimizer adamw8bit: the package is not installed; pip install bitsandbytes")
     if s.wandb and not is_wandb_available():
         raise UserError("--wandb: the package is not installed; pip install wandb")
 
@@ -54,6 +67,17 @@ def best_precision(device: str) -> str:
     if on_cpu(device) or not torch.cuda.is_available():
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def what_to_watch(s) -> str:
+    """What to look at while this loss is trained, as the loss itself says little."""
+    if s.loss in WITHOUT_REFERENCE:
+        return f"--loss {s.loss} has no reference: watch winner_mse and loser_mse in metrics.csv, and validation/"
+    start = f"starts at {STARTS[s.loss]:.4g}" if s.loss in STARTS else "starts at the noise error"
+    return (
+        f"--loss {s.loss} {start} and moves little: watch implicit_accuracy (0.5: nothing learned yet) and winner_change "
+        "(the winners' noise error less the reference's; it should not grow) in metrics.csv, loss.png, and validation/"
+    )
 
 
 def accumulation_steps(effective_batch_size: int, train_batch_size: int, processes: int) -> int:
@@ -81,11 +105,16 @@ def picture_size(s, pipe: DiffusionPipeline) -> int:
     return resolution
 
 
-def add_lora(unet: UNet2DConditionModel, rank: int, dtype: torch.dtype) -> None:
-    """Freeze the UNet in dtype and put a LoRA in float32 on its attention, zero at the start."""
+def add_lora(s, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    """Freeze the UNet in dtype and put a LoRA in float32 on the layers of s.lora_targets, zero at the start. UserError where
+    one of them fits no layer."""
     unet.requires_grad_(False).to(dtype)
-    targets = ["to_k", "to_q", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
+    targets, alpha = list(s.lora_targets), s.lora_alpha or s.lora_rank
+    names = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(f"--lora-targets {target}: no layer's name ends so; give to_q to_k to_v to_out.0 or others")
+    unet.add_adapter(LoraConfig(r=s.lora_rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets))
     cast_training_params(unet, dtype=torch.float32)
 
 
@@ -103,8 +132,8 @@ def make_reference(unet: UNet2DConditionModel, dtype: torch.dtype, norms: torch.
 
 @contextlib.contextmanager
 def base_model(model: torch.nn.Module, unet: UNet2DConditionModel, reference: UNet2DConditionModel | None):
-    """The model that training started from, for what is done inside: the reference, or without one the model itself, whose
-    UNet has a LoRA that is off meanwhile."""
+    """The reference model, for what is done inside: without one of its own the model itself, whose UNet has a LoRA that is
+    off meanwhile."""
     if reference is not None:
         yield reference
         return
@@ -130,7 +159,18 @@ def make_optimizer(s, parameters: list[torch.nn.Parameter], lr: float) -> torch.
     if s.optimizer == "adamw":
         fused = parameters[0].device.type == "cuda"
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=s.weight_decay, fused=fused)
+    if s.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=lr, weight_decay=s.weight_decay)
     return transformers.Adafactor(parameters, lr=lr, weight_decay=s.weight_decay, scale_parameter=False, relative_step=False)
+
+
+def schedule(s):
+    """A function from the number of a step, the first being 1, to the share of the learning rate that it takes."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # which get_scheduler wants to have
+    steps = {"num_warmup_steps": s.lr_warmup_steps, "num_training_steps": s.max_train_steps + 1}
+    return get_scheduler(s.lr_scheduler, optimizer, **steps).lr_lambdas[0]
 
 
 def clip(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
@@ -190,7 +230,7 @@ def prepare_batch(pipe: DiffusionPipeline, batch: dict, unconditional: list[torc
 
 
 def check_start(argument: torch.Tensor) -> None:
-    """UserError unless model and reference agree, as they must before the first step. argument: dpo_loss's, (B,)."""
+    """UserError unless model and reference agree, as they must before the first step. argument: preference_loss's, (B,)."""
     far = argument.detach().abs().mean().item()
     if far > 0.1:
         raise UserError(
@@ -242,6 +282,25 @@ def drift_error(step: int, mse: float, reference_mse: float, max_ratio: float) -
             "larger --max-mse-ratio (checkpoints of this step and before are kept)"
         )
     return None
+
+
+def warn_of_displacement(metrics: Path, progress: dict) -> None:
+    """Once in a run, a warning where over the last 20 steps the loss is below the first step's and the winners' noise error
+    above the reference's, each by more than two standard errors. progress: gets a note of it."""
+    table = pd.read_csv(metrics) if metrics.exists() else pd.DataFrame()
+    last = table.tail(20)
+    if progress.get("displaced") or len(last) < 20 or "winner_change" not in last:
+        return
+    change, before = last.winner_change, (last.winner_mse - last.winner_change).mean()
+    falls = last.loss.mean() < table.loss[0] - 2 * last.loss.sem()
+    if falls and change.mean() > 2 * change.sem():
+        progress["displaced"] = True
+        print(
+            f"warning: the loss falls, but the winners' noise error has grown, by {100 * change.mean() / before:.2g} %: "
+            "the model tells winners from losers by getting worse at both (likelihood displacement); if pictures suffer, "
+            "use --winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate",
+            file=sys.stderr,
+        )
 
 
 @contextlib.contextmanager

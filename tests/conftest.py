@@ -40,6 +40,24 @@ def demo_pipe():
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The demo pipeline with a UNet of 0.3 million random weights."""
+    import json
+
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    for part in DEMO.iterdir():
+        if part.name != "unet":
+            (folder / part.name).symlink_to(part)
+    config = json.loads((DEMO / "unet/config.json").read_text())
+    config |= {"block_out_channels": [16, 16, 32], "norm_num_groups": 8, "attention_head_dim": [1, 1, 2]}
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def random_judges(tmp_path_factory):
     """Folders of a random CLIPModel with processor and of a random open_clip model, in the layouts of the real ones."""
     import json

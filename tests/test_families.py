@@ -155,19 +155,19 @@ def test_a_single_file_of_each_kind(folders, kind, tmp_path, monkeypatch):
 
 def test_the_target_of_a_model_that_predicts_v_is_v(folders, train_on, monkeypatch):
     """sqrt(alpha_bar) e - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022), in float64 from what the noise is added to."""
-    td, seen, loss = script("train_dipo"), {}, script("train_dipo").dpo_loss
+    td, seen, loss = script("train_dipo"), {}, script("train_dipo").preference_loss
 
     class Spy(td.DDPMScheduler):
         def add_noise(self, latents, noise, t):
             seen["parts"] = [x.double() for x in (latents, noise, self.alphas_cumprod[t].view(-1, 1, 1, 1))]
             return super().add_noise(latents, noise, t)
 
-    def watched(model_pred, reference_pred, target, beta_dpo):
+    def watched(name, model_pred, reference_pred, target, *more):
         seen.setdefault("targets", []).append((seen["parts"], target))
-        return loss(model_pred, reference_pred, target, beta_dpo)
+        return loss(name, model_pred, reference_pred, target, *more)
 
     monkeypatch.setattr(td, "DDPMScheduler", Spy)
-    monkeypatch.setattr(td, "dpo_loss", watched)
+    monkeypatch.setattr(td, "preference_loss", watched)
     for kind in ("SDXL, v, zero SNR", "SD 2.1", "SD 1.5"):
         seen.pop("targets", None)
         vae = ("--vae", "") if "XL" in kind else ()

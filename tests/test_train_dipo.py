@@ -22,7 +22,7 @@ import torch
 import world
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import DEMO, ROOT
+from conftest import ROOT
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from filelock import FileLock
 from helpers import start_two
@@ -34,21 +34,6 @@ from dipo import cache, checkpoints, training
 from dipo.cli import UserError
 from dipo.pairs import Pairs, make_loader, random_draws, read_pair, read_picture
 from dipo.schemas import open_dataset, pairs_of
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """The demo pipeline with a UNet of 0.3 million random weights."""
-    folder = tmp_path_factory.mktemp("tiny")
-    for part in DEMO.iterdir():
-        if part.name != "unet":
-            (folder / part.name).symlink_to(part)
-    config = json.loads((DEMO / "unet/config.json").read_text())
-    config |= {"block_out_channels": [16, 16, 32], "norm_num_groups": 8, "attention_head_dim": [1, 1, 2]}
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(config)
-    unet.save_pretrained(folder / "unet")
-    return folder
 
 
 def jpeg(image):
@@ -124,57 +109,6 @@ def weights(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-# ----------------------------------------------------------------------------------------------------------------- loss
-
-
-def plain_loss(model, reference, noise, beta):
-    """Wallace et al. 2024, equation 14, pair by pair in numpy float64."""
-    total, arguments = 0.0, []
-    for i in range(len(noise)):
-
-        def error(prediction, row, i=i):
-            return ((prediction[row] - noise[i]) ** 2).mean()
-
-        win, lose = i, len(noise) + i
-        inner = (error(model, win) - error(reference, win)) - (error(model, lose) - error(reference, lose))
-        arguments.append(-0.5 * beta * inner)
-        total += math.log1p(math.exp(-arguments[-1])) if arguments[-1] > -500 else -arguments[-1]
-    return total / len(noise), np.array(arguments)
-
-
-def test_loss_and_gradient_agree_with_a_plain_float64_implementation():
-    rng = np.random.default_rng(0)
-    noise = rng.standard_normal((3, 4, 5, 6))
-    model, reference = (np.concatenate([noise, noise]) + 0.1 * rng.standard_normal((6, 4, 5, 6)) for _ in range(2))
-    beta = 2000.0
-    expected, arguments = plain_loss(model, reference, noise, beta)
-    pred = torch.tensor(model, requires_grad=True)
-    loss, argument, m, r = td.dpo_loss(pred, torch.tensor(reference), torch.tensor(noise).repeat(2, 1, 1, 1), beta)
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
-    np.testing.assert_allclose(argument.detach(), arguments, rtol=1e-9)
-    np.testing.assert_allclose(m.detach(), ((model - np.tile(noise, (2, 1, 1, 1))) ** 2).mean((1, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(r, ((reference - np.tile(noise, (2, 1, 1, 1))) ** 2).mean((1, 2, 3)), rtol=1e-12)
-    loss.backward()
-    for index in [(0, 0, 0, 0), (2, 3, 4, 5), (3, 1, 2, 0), (5, 0, 4, 4)]:
-        moved = [model.copy(), model.copy()]
-        moved[0][index] += 1e-6
-        moved[1][index] -= 1e-6
-        slope = (plain_loss(moved[0], reference, noise, beta)[0] - plain_loss(moved[1], reference, noise, beta)[0]) / 2e-6
-        assert pred.grad[index].item() == pytest.approx(slope, rel=1e-5, abs=1e-9)
-
-
-def test_loss_is_computed_in_float32_and_lower_when_the_winner_is_predicted_better():
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    target = torch.cat([noise, noise])
-    reference = target + 0.3
-    better = torch.cat([noise + 0.29, noise + 0.31])
-    loss, argument, *_ = td.dpo_loss(better.bfloat16(), reference.bfloat16(), target.bfloat16(), 5000)
-    assert loss.dtype == torch.float32 and (argument > 0).all() and loss < math.log(2)
-    worse, argument, *_ = td.dpo_loss(torch.cat([noise + 0.31, noise + 0.29]), reference, target, 5000)
-    assert worse > math.log(2) and (argument < 0).all()
-    assert td.dpo_loss(reference, reference, target, 5000)[0].item() == pytest.approx(math.log(2))
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -818,13 +752,13 @@ def test_bf16_compute_over_float32_weights(train, tmp_path):
 
 
 def broken_loss(monkeypatch, calls_that_fail):
-    loss, calls = td.dpo_loss, itertools.count(1)
+    loss, calls = td.preference_loss, itertools.count(1)
 
     def broken(*arguments):
         value, *rest = loss(*arguments)
         return value * (float("nan") if next(calls) in calls_that_fail else 1), *rest
 
-    monkeypatch.setattr(td, "dpo_loss", broken)
+    monkeypatch.setattr(td, "preference_loss", broken)
 
 
 def test_a_non_finite_step_is_skipped_and_counted(train, tmp_path, monkeypatch):
