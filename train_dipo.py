@@ -232,18 +232,6 @@ def open_accelerator(s: Settings, out: Path) -> Accelerator:
     return accelerator
 
 
-def tell_rates(s: Settings, accelerator: Accelerator) -> None:
-    world = accelerator.num_processes
-    times = f" = {s.learning_rate:g} per pair x {s.effective_batch_size} (--no-scale-lr takes it as it is)"
-    if not s.scale_lr:
-        times = ", taken as it is (--scale-lr multiplies it by the effective batch)"
-    accelerator.print(
-        f"effective batch {s.effective_batch_size} = {s.train_batch_size} per device x {world} "
-        f"{'process' if world == 1 else 'processes'} x {accelerator.gradient_accumulation_steps} accumulated\n"
-        f"learning rate {s.full_learning_rate:.4g}{times}\n{training.what_to_watch(s)}"
-    )
-
-
 def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """SDXL (or SD 1.5, 2.1) on the device: VAE and text encoders frozen in dtype, the UNet in float32, or in dtype for a
     LoRA. UserError when a model cannot be loaded."""
@@ -420,7 +408,7 @@ def main(s: Settings) -> None:
     with claimed(out, accelerator), training.out_of_memory_told(s.train_batch_size):
         checkpoint, progress = checkpoints.find_progress(s, out, accelerator)
         rows, find = open_data(s, accelerator)
-        tell_rates(s, accelerator)
+        training.tell_rates(s, accelerator)
 
         pipe = load_models(s, accelerator.device, s.dtype)
         pairs, left_out = open_pairs(s, rows, find, pipe, accelerator)

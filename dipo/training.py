@@ -96,6 +96,19 @@ def accumulation_steps(effective_batch_size: int, train_batch_size: int, process
     return steps
 
 
+def tell_rates(s, accelerator: Accelerator) -> None:
+    """Print what the effective batch and the learning rate are made of, and what to watch."""
+    world = accelerator.num_processes
+    times = f" = {s.learning_rate:g} per pair x {s.effective_batch_size} (--no-scale-lr takes it as it is)"
+    if not s.scale_lr:
+        times = ", taken as it is (--scale-lr multiplies it by the effective batch)"
+    accelerator.print(
+        f"effective batch {s.effective_batch_size} = {s.train_batch_size} per device x {world} "
+        f"{'process' if world == 1 else 'processes'} x {accelerator.gradient_accumulation_steps} accumulated\n"
+        f"learning rate {s.full_learning_rate:.4g}{times}\n{what_to_watch(s)}"
+    )
+
+
 def picture_size(s, pipe: DiffusionPipeline) -> int:
     """Pixels of a picture's side; UserError unless the VAE and all levels of the UNet can halve it."""
     multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
