@@ -14,7 +14,7 @@ import train_dipo as td
 from dipo import cache, training
 from dipo.pairs import random_draws
 
-pairs_file, tiny, train = test_train_dipo.pairs_file, test_train_dipo.tiny, test_train_dipo.train
+pairs_file, train = test_train_dipo.pairs_file, test_train_dipo.train
 DRAWS = ((4, 16, 16), 1000, 0.2)
 
 

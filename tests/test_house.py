@@ -13,7 +13,7 @@ MODULES = sorted(p.stem for p in (ROOT / "dipo").glob("[!_]*.py"))
 LEVELS = (
     ("cli", "stats", "timesteps", "pictures"),
     ("files", "devices"),
-    ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums"),
+    ("grids", "figures", "prompts", "pairs", "losses", "checkpoints", "checksums"),
     ("models", "settings", "hub", "folders"),
     ("compiled", "judges", "loras", "training", "schemas"),
     ("batches", "scores", "tables", "cache", "results", "pickapic"),
