@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from test_schemas import png
 
 import train_dipo as td
-from dipo import annotate
+from dipo import annotate, cache
 from dipo.cli import UserError
 from dipo.judges import PickScore, judge_of
 from dipo.pairs import stored
@@ -342,14 +343,18 @@ def test_a_resumed_run_makes_the_weights_of_one_that_was_not_stopped(judged, tra
     note = json.loads((tmp_path / "out/cache/cache.json").read_text())
     assert note["relabel"] == "pickscore" and note["judge"].startswith("yuvalkirstain/PickScore_v1 ")
     assert note["counts"] == {"pairs": 39 - note["counts"]["ties"], "ties": note["counts"]["ties"], "unreadable": 1}
-    for flag, value, said in (
-        ("--relabel-margin", "0.25", "relabel_margin 0.5, not 0.25"),
-        ("--relabel", "None", "relabel 'pickscore', not None"),
-        ("--pickscore", "mine", "judge 'yuvalkirstain/PickScore_v1 laion"),
+    given = {k: note[k] for k in ("dataset", "base_model", "vae", *cache.ONLY_SETTINGS)} | {"cache_dir": "out/cache"}
+    process = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    pipe = SimpleNamespace(vae=SimpleNamespace(dtype=torch.float32))
+    for changed, said in (
+        ({}, None),
+        ({"relabel_margin": 0.25}, "relabel_margin 0.5, not 0.25"),
+        ({"relabel": None}, "relabel 'pickscore', not None"),
+        ({"pickscore": "mine"}, "judge 'yuvalkirstain/PickScore_v1 laion.*', not 'mine laion"),
     ):
-        changed = ("--relabel-margin", "0") if value == "None" else ()
-        code, _, err = train("--output-dir", "other", "--cache-dir", "out/cache", *flags, 1, flag, value, *changed)
-        assert code == 2 and f"made with {said}" in err and "delete its cache.json and *.parquet" in err, err
+        told = pytest.raises(UserError, match=f"made with {said}.*delete its cache.json") if said else nullcontext()
+        with told:
+            assert cache.agreed_note(td.Settings(**given | changed), pipe, process, note["resolution"])["complete"]
 
 
 def test_from_prompts_to_a_tuned_model(run, tmp_path):
