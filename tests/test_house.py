@@ -14,7 +14,7 @@ LEVELS = (
     ("cli", "stats", "timesteps", "pictures"),
     ("files", "devices"),
     ("grids", "figures", "prompts", "pairs", "schemas", "checkpoints", "checksums"),
-    ("models", "settings", "hub", "folders"),
+    ("models", "settings", "hub", "folders", "losses"),
     ("compiled", "judges", "loras", "training", "pickapic"),
     ("batches", "scores", "tables", "cache", "results"),
     ("study",),
