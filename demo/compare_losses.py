@@ -68,8 +68,17 @@ def run(s: Settings, name: str, lr: float, folder: Path, *more: str) -> dict:
     """One run of train_dipo.py, unless it is there: its exit code and its peak memory in MiB."""
     note = folder / "run.json"
     if not note.exists():
-        command = [sys.executable, ROOT / "train_dipo.py", "--demo", "--resume", "--validate-every", 0, *LOSSES[name], "--learning-rate", lr]
-        command += ["--max-train-steps", s.steps, "--effective-batch-size", s.batch, "--train-batch-size", s.batch]
+        command = [sys.executable, ROOT / "train_dipo.py", "--demo", "--resume", "--validate-every", 0, *LOSSES[name]]
+        command += [
+            "--learning-rate",
+            lr,
+            "--max-train-steps",
+            s.steps,
+            "--effective-batch-size",
+            s.batch,
+            "--train-batch-size",
+            s.batch,
+        ]
         command += ["--cache-dir", Path(s.folder).absolute() / "cache", "--output-dir", folder.absolute(), *more]
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
