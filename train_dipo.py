@@ -115,7 +115,7 @@ class Settings:
     winner_preserving: float | None = None
     """scale the loser's gradient so that the winner's error does not grow (Diffusion-SDPO): 0, or more, up to 1, for sure"""
     optimizer: Literal["adafactor", "adamw", "adamw8bit"] = "adafactor"
-    """adafactor takes little memory; so does adamw8bit, which needs a GPU and bitsandbytes"""
+    """adafactor takes little memory; so does adamw8bit, which needs bitsandbytes"""
     weight_decay: float = 0.01
     """decoupled weight decay"""
     max_grad_norm: float = 1.0
@@ -388,7 +388,7 @@ def release(s: Settings, accelerator: Accelerator, pipe, model, progress: dict, 
         print(
             f"{out}: {progress['step']} steps, {progress['ties']} ties and {progress['unreadable']} unreadable pairs left "
             f"out, {progress['skipped']} steps skipped; {out / 'metrics.csv'}, {out / 'loss.png'}; sample it with "
-            f"hasty_sample.py {'--demo ' if s.demo else ''}{'--dpo-lora' if s.lora_rank else '--dpo-unet'} {s.output_dir}"
+            f"hasty_sample.py {'--demo ' * s.demo}{training.result_flags(s, s.output_dir)}"
         )
     accelerator.wait_for_everyone()
 

@@ -22,7 +22,7 @@ from dipo.files import find_path, write_text, written_whole
 from dipo.grids import save_grids
 from dipo.hub import brief, clean
 from dipo.models import decode
-from dipo.training import autocast, picture_size
+from dipo.training import autocast, picture_size, result_flags
 
 
 def base_pictures(out: Path, prompts: list[str]) -> list[Path]:
@@ -112,10 +112,10 @@ def save_result(s, out: Path, unet: UNet2DConditionModel, weights: dict, summary
 
 
 def model_card(s, summary: dict) -> str:
-    kind, flag, name = "UNet", "--dpo-unet", s.push_to_hub or s.output_dir
+    kind, name = "LoRA" if s.lora_rank else "UNet", s.push_to_hub or s.output_dir
     use = f'pipe.unet = UNet2DConditionModel.from_pretrained("{name}", subfolder="unet")'
     if s.lora_rank:
-        kind, flag, use = "LoRA", "--dpo-lora", f'pipe.load_lora_weights("{name}")'
+        use = f'pipe.load_lora_weights("{name}")'
     data = huggingface_hub.ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -128,7 +128,7 @@ def model_card(s, summary: dict) -> str:
         f"---\n{data.to_yaml()}\n---\n\n# {kind} trained with Diffusion-DPO\n\n"
         f"Trained by train_dipo.py from {s.base_model} on {s.dataset}: {summary['steps']} steps of {s.effective_batch_size} "
         "pairs. Made to be sampled by DDIM in 20 to 50 steps:\n\n"
-        f'```bash\npython hasty_sample.py --base-model {s.base_model} --vae "{s.vae}" {flag} {name}\n```\n\n'
+        f'```bash\npython hasty_sample.py --base-model {s.base_model} --vae "{s.vae}" {result_flags(s, name)}\n```\n\n'
         f"or with diffusers, `{use}` and a `DDIMScheduler`.\n\n| setting | value |\n|---|---|\n{rows}\n"
     )
 

@@ -69,6 +69,13 @@ def best_precision(device: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def result_flags(s, name: str) -> str:
+    """How hasty_sample.py is told of the result that lies in a folder or on the hub."""
+    if not s.lora_rank:
+        return f"--dpo-unet {name}"
+    return f"--dpo-unet {s.init_unet} --dpo-lora {name}" if s.init_unet else f"--dpo-lora {name}"
+
+
 def what_to_watch(s) -> str:
     """What to look at while this loss is trained, as the loss itself says little."""
     if s.loss in WITHOUT_REFERENCE:

@@ -13,8 +13,8 @@ MODULES = sorted(p.stem for p in (ROOT / "dipo").glob("[!_]*.py"))
 LEVELS = (
     ("cli", "stats", "timesteps", "pictures"),
     ("files", "devices"),
-    ("grids", "figures", "prompts", "pairs", "losses", "checkpoints", "checksums"),
-    ("models", "settings", "hub", "folders"),
+    ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums"),
+    ("models", "settings", "hub", "folders", "losses"),
     ("compiled", "judges", "loras", "training", "schemas"),
     ("batches", "scores", "tables", "cache", "results", "pickapic"),
     ("study", "annotate"),

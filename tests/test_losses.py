@@ -287,6 +287,19 @@ def test_what_cannot_be_is_said_in_a_line(flags, said, train):
     assert code == 2 and said in err and "Traceback" not in err
 
 
+def test_8_bit_adamw_goes_on_to_the_bit(train, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    more = ("--optimizer", "adamw8bit", "--output-dir")
+    for folder, extra in (("whole", (2,)), ("parts", (1,)), ("parts", (2, "--resume"))):
+        code, _, err = train(*more, folder, "--max-train-steps", *extra)
+        assert code == 0, err
+    a, b = (load_file(tmp_path / f"{x}/unet/diffusion_pytorch_model.safetensors") for x in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    state = torch.load(tmp_path / "parts/checkpoints/step-0000002/optimizer.bin", weights_only=True)["state"]
+    state = [x.get("__bnb_optimizer_quant_state__", x) for x in state.values()]
+    assert any(x["state1"].dtype == torch.uint8 for x in state)
+
+
 def test_without_bitsandbytes_8_bit_is_refused_at_once(monkeypatch):
     td = script("train_dipo")
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
