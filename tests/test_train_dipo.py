@@ -392,7 +392,7 @@ def test_model_and_reference_agree_to_the_last_bit_before_training(demo_pipe, dt
 def test_the_loras_reference_is_the_base_model(tiny, dtype):
     base = UNet2DConditionModel.from_pretrained(tiny / "unet").to(dtype)
     unet = UNet2DConditionModel.from_pretrained(tiny / "unet")
-    training.add_lora(unet, 4, dtype)
+    training.add_lora(td.Settings(lora_rank=4), unet, dtype)
     expected = predictions(base, torch.bfloat16)
     assert torch.equal(predictions(unet, torch.bfloat16), expected)
     trained = [p for p in unet.parameters() if p.requires_grad]
@@ -876,7 +876,7 @@ def test_a_resumed_run_keeps_what_cannot_change_and_names_what_did(train):
 
 
 def test_the_defaults_are_the_papers():
-    s = td.Settings()
+    s = td.complete(td.Settings())
     assert (s.effective_batch_size, s.learning_rate, s.scale_lr, s.beta_dpo) == (2048, 8.192e-9, True, 5000)
     assert (s.max_train_steps, s.lr_warmup_steps, s.dataset) == (1000, 200, "yuvalkirstain/pickapic_v2")
     assert s.base_model == "stabilityai/stable-diffusion-xl-base-1.0" and training.accumulation_steps(2048, 4, 8) == 64
@@ -886,6 +886,8 @@ def test_demo_settings_fill_in_where_nothing_was_given():
     s = td.complete(td.Settings(demo=True, beta_dpo=123.0, output_dir="mine"))
     assert s.beta_dpo == 123 and s.dataset == td.DEMO["dataset"] and s.cache_dir == "mine/cache"
     assert s.max_train_steps == td.DEMO["max_train_steps"]
+    betas = {x: td.complete(td.Settings(demo=True, loss=x)).beta_dpo for x in ("dpo", "kto", "mapo", "sft")}
+    assert betas == {"dpo": 1000, "kto": 500, "mapo": 0.1, "sft": None}
 
 
 @pytest.mark.parametrize(("name", "kind"), [("fsdp", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])
