@@ -93,6 +93,8 @@ def agreed_note(s, pipe: DiffusionPipeline, accelerator: Accelerator, resolution
     wanted |= {"resolution": resolution, "dtype": str(pipe.vae.dtype)}
     wanted |= {"judge": judge_of(s).source} if s.relabel else {}
     if accelerator.is_main_process and not read_note(s.cache_dir):
+        if any(Path(s.cache_dir).expanduser().glob("*.parquet")):
+            raise UserError(f"--cache-dir {s.cache_dir}: holds other parquet files; give an empty folder")
         write_text(Path(s.cache_dir).expanduser() / "cache.json", json.dumps(wanted))
     accelerator.wait_for_everyone()
     note = read_note(s.cache_dir)

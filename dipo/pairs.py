@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import default_collate
 
-from dipo.cli import UserError
+from dipo.cli import UserError, first_line
 from dipo.pictures import UNREADABLE, open_picture
 
 # Where a block of a lane begins: as many pairs lie before it in this epoch (first) and in all.
@@ -34,14 +34,19 @@ def stream(files: list) -> datasets.IterableDataset:
 
 def check_usable(rows: datasets.IterableDataset, pairs_of, name: str) -> None:
     """UserError unless at least one pair has two pictures that can be read."""
-    if not any(read_pair(pair, 8) for row in rows for pair in pairs_of(row)[0]):
-        raise UserError(f"--dataset {name}: no usable pair in it; all are ties or unreadable")
+    why = "all are ties"
+    for pair in (pair for row in rows for pair in pairs_of(row)[0]):
+        try:
+            read_pixels(pair, 8)
+            return
+        except UNREADABLE as e:
+            why = f"all are ties or unreadable, one for {first_line(e)}"
+    raise UserError(f"--dataset {name}: no usable pair in it; {why}")
 
 
-def read_picture(value: bytes | dict, resolution: int) -> np.ndarray:
+def read_picture(value: bytes, resolution: int) -> np.ndarray:
     """An encoded picture, resized and centre-cropped: uint8 (resolution, resolution, 3). Raises what Pillow raises."""
-    image = open_picture(value["bytes"] if isinstance(value, dict) else value)
-    return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR))
+    return np.asarray(ImageOps.fit(open_picture(value), (resolution, resolution), Image.Resampling.BILINEAR))
 
 
 def stored(picture: bytes | dict | str) -> bytes:
@@ -54,11 +59,24 @@ def stored(picture: bytes | dict | str) -> bytes:
     return picture["bytes"] if isinstance(picture, dict) else picture
 
 
+def next_row(stream) -> dict | None:
+    """The next row, None at the end; UserError for files that are damaged there."""
+    try:
+        return next(stream, None)
+    except Exception as e:
+        said = first_line(e)[:200]
+        raise UserError(f"--dataset: a file of it is damaged ({said}); fetch it again, and go on with --resume") from e
+
+
+def read_pixels(pair: dict, resolution: int) -> np.ndarray:
+    return np.stack([read_picture(stored(pair[k]), resolution) for k in ("winner", "loser")])
+
+
 def read_pair(pair: dict, resolution: int) -> dict | None:
     """A pair of dipo.schemas.pairs_of as {"pixels": uint8 (2, resolution, resolution, 3), the winner first, "caption": str};
     None where a picture cannot be read."""
     try:
-        pixels = np.stack([read_picture(stored(pair[k]), resolution) for k in ("winner", "loser")])
+        pixels = read_pixels(pair, resolution)
     except UNREADABLE:
         return None
     return {"pixels": torch.from_numpy(pixels), "caption": pair["caption"]}
@@ -164,7 +182,7 @@ class Pairs:
     def read_block(self, stream, n: int, at: dict, ties: int) -> Block:
         """The pairs of the next rows, none at the end of an epoch, and the ties between them besides those before."""
         pairs, left = [], (self.limit or sys.maxsize) - at["first"]
-        while len(pairs) < min(self.position["size"], left) and (row := next(stream, None)) is not None:
+        while len(pairs) < min(self.position["size"], left) and (row := next_row(stream)) is not None:
             more, tied = self.pairs_of(row)
             pairs, ties = pairs + more, ties + tied
         pairs = pairs[:left]

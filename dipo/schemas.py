@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import pyarrow.parquet
 
 from dipo.cli import UserError, first_line
 from dipo.files import find_path
@@ -67,7 +68,8 @@ def open_dataset(name: str, split: str = "train") -> datasets.IterableDataset:
             return own_pictures(name)
         if path:
             files = find_files(path, split)
-            kind, names = BUILDERS[files[0].suffix[1:].lower()], [str(f) for f in files]
+            kind = BUILDERS[files[0].suffix[1:].lower()]
+            names = [str(f) for f in (with_rows(files) if kind == "parquet" else files)]
             rows = datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
         else:
             rows = datasets.load_dataset(name, split=split, streaming=True)
@@ -104,8 +106,26 @@ def data_files(path: Path) -> list[Path]:
     """The files of rows in a folder, of the first kind that is there."""
     if (path / "metadata.jsonl").is_file():
         return [path / "metadata.jsonl"]
-    there = sorted(f for f in path.rglob("*.*") if f.suffix[1:] in BUILDERS and not f.name.startswith((".", "cache-")))
-    return next(filter(None, ([f for f in there if f.suffix == f".{kind}"] for kind in BUILDERS)), [])
+    seen = [f for f in sorted(path.rglob("*.*")) if not any(x.startswith(".") for x in f.relative_to(path).parts)]
+    there = [(f, f.suffix[1:].lower()) for f in seen if not f.name.startswith("cache-")]
+    return next(filter(None, ([f for f, kind in there if kind == k] for k in BUILDERS)), [])
+
+
+def with_rows(files: list[Path]) -> list[Path]:
+    """The parquet files that are not empty. UserError for one that is cut, or has not the columns of the first."""
+    kept, columns = [], None
+    for path in files:
+        try:
+            metadata = pyarrow.parquet.read_metadata(path)
+        except (OSError, pyarrow.ArrowException) as e:
+            raise UserError(f"--dataset {path}: is no whole parquet file ({first_line(e)[:200]}); fetch it again") from e
+        columns = columns or metadata.schema.names
+        if metadata.schema.names != columns:
+            raise UserError(f"--dataset {path}: has not the columns of {files[0].name} beside it; keep them apart")
+        kept += [path] * (metadata.num_rows > 0)
+    if not kept:
+        raise UserError(f"--dataset {files[0]}: has no rows; give files that have")
+    return kept
 
 
 def own_pictures(name: str) -> datasets.IterableDataset:
@@ -180,12 +200,16 @@ def pairs_of(
     labels, found = [], 0
     for row in itertools.islice(rows, LOOK):
         pairs, _ = find(row)
-        if folder and any(None in pair.values() for pair in pairs):
+        if any(isinstance(p, str) and located(p, folder) is None for p, _ in group_of(row, schema)):
             raise UserError(f"--dataset {name}: row {len(labels)} names a picture outside {folder}; put it inside")
         labels.append(str(row.get(schema.choice)))
         found += bool(pairs)
         if found > LOOK // 100:
-            return find
+            break
+    if {"2", "2.0"} & {*labels} and not {"0", "0.0"} & {*labels}:
+        raise UserError(
+            f"--dataset {name}: {schema.choice} is 1 or 2; write 1 where the first is better, 0 where the second is"
+        )
     if len(labels) >= 50 and found < len(labels) / 100:
         raise UserError(
             f"--dataset {name}: {len(labels) - found} of the first {len(labels)} rows are ties or have no label that is "
@@ -200,7 +224,7 @@ def layout(rows: datasets.IterableDataset, name: str, split: str) -> tuple[Schem
     if first is None:
         raise UserError(f"--dataset {name}: has no rows")
     schema = find_schema([*first], name)
-    example, _ = next(iter(group_of(first, schema)), (None, None))
+    example = next((p for row in itertools.islice(rows, LOOK) for p, _ in group_of(row, schema) if p), None)
     return schema, picture_folder(name, split, example) if isinstance(example, str) else None
 
 
@@ -217,18 +241,26 @@ def picture_folder(name: str, split: str, example: str) -> Path:
 
 
 def group_of(row: dict, schema: Schema) -> list[tuple]:
-    """The pictures of a row, each with its rank, the lowest best and equal ones ties, whatever the schema."""
+    """The pictures of a row, each with its rank, the lowest best and equal ones ties, whatever the schema; a picture in a
+    file by its name."""
     choice = row.get(schema.choice)
-    if len(schema.pictures) == 1 and not schema.choice:
-        return [(p, 1) for p in row[schema.pictures[0]]]
     if len(schema.pictures) == 1:
+        pictures = row[schema.pictures[0]] or []
+        ranks = (choice or []) if schema.choice else [1] * len(pictures)
         sign = -1 if schema.choice == "human_preference" else 1
-        ranks = [(p, number(r)) for p, r in zip(row[schema.pictures[0]] or (), choice or (), strict=False)]
-        return [(p, sign * r) for p, r in ranks if r is not None]
+        # Lists of different lengths say nothing.
+        ranks = [number(r) for r in ranks] if len(ranks) == len(pictures) else [None] * len(pictures)
+        return [(name_of(p), sign * r) for p, r in zip(pictures, ranks, strict=True) if r is not None]
     label = number(choice) if schema.choice else 1
     usable = number(row.get("has_label")) != 0
     ranks = {1: (1, 2), 0: (2, 1)}.get(label, (1, 1)) if usable else (1, 1)
-    return [(row[c], rank) for c, rank in zip(schema.pictures, ranks, strict=True)]
+    return [(name_of(row[c]), rank) for c, rank in zip(schema.pictures, ranks, strict=True)]
+
+
+def name_of(picture):
+    """The name of a picture that a row holds as one on this machine without its bytes; else the picture."""
+    inside = not isinstance(picture, dict) or picture["bytes"] is not None or "://" in (picture["path"] or "")
+    return picture if inside else picture["path"]
 
 
 def number(value) -> float | None:
@@ -257,8 +289,8 @@ def pairs_in(
 
 def located_group(row: dict, schema: Schema, folder: Path | None) -> tuple[str, list, list[float]]:
     """The caption of a row, its pictures, those in files by their paths, and their ranks."""
-    group = group_of(row, schema)
-    return row[schema.caption] or "", [located(p, folder) for p, _ in group], [rank for _, rank in group]
+    group, caption = group_of(row, schema), row[schema.caption]
+    return "" if caption is None else str(caption), [located(p, folder) for p, _ in group], [rank for _, rank in group]
 
 
 def ordered(ranks: list[float], ranked_pairs: str, margin: float = 0.0) -> tuple[list[tuple[int, int]], int]:
@@ -291,6 +323,5 @@ def located(picture, folder: Path | None):
     """A picture as it is, or, for a file name, its path in the folder; None where the name leads out of that."""
     if not isinstance(picture, str):
         return picture
-    inside = os.path.normpath(picture)
-    outside = folder is None or os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir
-    return None if outside else str(folder / inside)
+    path = Path(os.path.abspath(folder / picture))
+    return str(path) if path.is_relative_to(os.path.abspath(folder)) else None

@@ -305,8 +305,24 @@ def bad(folder, kind):
         table = datasets.Dataset.from_list(pickapic([1.0])).select([])
         table.to_parquet(folder / "train.parquet")
         return folder
-    if kind == "damaged":
-        (folder / "train.parquet").write_text("no parquet")
+    if kind in ("damaged", "cut"):
+        pickapic_parquet(folder, [1.0] * 40)
+        whole = (folder / "train.parquet").read_bytes()
+        (folder / ("train.parquet" if kind == "damaged" else "train-2.parquet")).write_bytes(whole[: len(whole) // 2])
+    if kind == "other columns":
+        pickapic_parquet(folder, [1.0])
+        parquet(
+            folder,
+            [{"prompt": "", "chosen": GOOD, "rejected": BAD}],
+            "train-2.parquet",
+            prompt=TEXT,
+            chosen=BYTES,
+            rejected=BYTES,
+        )
+    if kind == "1 or 2":
+        return pickapic_parquet(folder, [1.0, 2.0] * 20)
+    if kind == "not there":
+        return write_json(folder / "train.json", [{"prompt": "", "chosen": "img/a0.png", "rejected": "img/b1.png"}])
     if kind == "csv":
         (folder / "pairs.csv").write_text("prompt,chosen,rejected\n")
         return folder / "pairs.csv"
@@ -321,7 +337,7 @@ def bad(folder, kind):
         )
     if kind in ("outside", "absolute"):
         pictures(folder, "a0.png", "in/b1.png")
-        name = "../a0.png" if kind == "outside" else str(folder / "in/b1.png")
+        name = "../a0.png" if kind == "outside" else str(folder / "a0.png")
         row = {"prompt": "p", "chosen": name, "rejected": "b1.png"}
         (folder / "in/metadata.jsonl").write_text(json.dumps(row))
         return folder / "in"
@@ -334,7 +350,11 @@ def bad(folder, kind):
         ("columns", r"its columns \(text, url\) are none of those known: jpg_0, jpg_1, label_0, caption; .*path1, path2, "),
         ("empty", "no .parquet, .arrow, .tar, .jsonl, .json file in it"),
         ("no rows", "has no rows"),
-        ("damaged", r"cannot be loaded \(.*--demo"),
+        ("damaged", r"train.parquet: is no whole parquet file \(.*fetch it again"),
+        ("cut", r"train-2.parquet: is no whole parquet file \(.*fetch it again"),
+        ("other columns", r"train.parquet: has not the columns of train-2.parquet beside it"),
+        ("1 or 2", "label_0 is 1 or 2; write 1 where the first is better, 0 where the second is"),
+        ("not there", "no usable pair in it; all are ties or unreadable, one for .*No such file.*a0.png"),
         ("csv", "not one of .parquet, .arrow, .tar, .jsonl, .json, nor a folder of them"),
         (
             "ties",
@@ -350,6 +370,45 @@ def test_what_cannot_be_used_is_said_in_one_line(tmp_path, kind, said):
     with pytest.raises(UserError, match=said) as e:
         read(bad(tmp_path, kind))
     assert "\n" not in str(e.value) and str(e.value).startswith("--dataset ")
+
+
+def test_rows_that_say_less_cost_themselves_only(tmp_path):
+    """A null where the first picture should be, lists of two lengths, a caption that is a number or none."""
+    pictures(tmp_path, "a0.png", "b1.png")
+    pair = {"chosen": "a0.png", "rejected": "b1.png"}
+    rows = [{"prompt": "x", "chosen": None, "rejected": None}, {"prompt": 0} | pair, {"prompt": None} | pair]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = open_dataset(str(tmp_path))
+    find = pairs_of(found, str(tmp_path))
+    items = [read_pair(x, 8) for row in found for x in find(row)[0]]
+    assert items[0] is None and [x["caption"] for x in items[1:]] == ["0", ""]
+    ranked = [{"prompt": "", "generations": ["a0.png", "b1.png"], "ranking": r} for r in ([1], [1, 2], [2, 1, 3])]
+    (tmp_path / "metadata.jsonl").unlink()
+    write_json(tmp_path / "train.json", ranked)
+    assert read(tmp_path) == ([("", *FIRST)], 2)
+
+
+def test_names_in_columns_of_pictures_and_absolute_ones_are_found_inside_the_folder_only(tmp_path):
+    pictures(tmp_path, "secret0.png", "in/a0.png", "in/b1.png")
+    folder, kind = tmp_path / "in", {"bytes": datasets.Value("binary"), "path": TEXT}
+    for good, there in (("a0.png", True), (str(folder / "a0.png"), True), (str(tmp_path / "secret0.png"), False)):
+        rows = [{"prompt": "", "chosen": {"bytes": None, "path": good}, "rejected": {"bytes": BAD, "path": "b1.png"}}]
+        parquet(folder, rows, prompt=TEXT, chosen=kind, rejected=kind)
+        if there:
+            assert read(folder) == ([("", *FIRST)], 0)
+        else:
+            with pytest.raises(UserError, match="row 0 names a picture outside"):
+                read(folder)
+
+
+def test_empty_files_hidden_folders_and_large_letters(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/x.parquet").write_text("not for us")
+    datasets.Dataset.from_list(pickapic([1.0])).select([]).to_parquet(tmp_path / "empty.PARQUET")
+    pickapic_parquet(tmp_path, [1.0])
+    (tmp_path / "train.parquet").rename(tmp_path / "one.PARQUET")
+    rows = open_dataset(str(tmp_path))
+    assert len(list(rows)) == 1
 
 
 def test_one_decided_row_in_a_hundred_is_enough(tmp_path):

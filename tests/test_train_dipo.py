@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 import train_dipo as td
 from dipo import cache, checkpoints, training
 from dipo.cli import UserError
-from dipo.pairs import Pairs, make_loader, random_draws, read_pair, read_picture
+from dipo.pairs import Pairs, make_loader, next_row, random_draws, read_pair, read_picture, stored
 from dipo.schemas import open_dataset, pairs_of
 
 
@@ -350,7 +350,7 @@ def test_pictures_are_scaled_and_cut_about_their_centre():
     picture.paste((0, 0, 255), (100, 0, 200, 100))
     cut = read_picture(jpeg(picture), 64)
     assert cut.shape == (64, 64, 3) and (cut[..., 2] > 200).mean() > 0.95
-    assert read_picture({"bytes": jpeg(picture), "path": None}, 8).shape == (8, 8, 3)
+    assert read_picture(stored({"bytes": jpeg(picture), "path": None}), 8).shape == (8, 8, 3)
     assert read_pair({"winner": jpeg(picture)[:200], "loser": jpeg(picture), "caption": ""}, 8) is None
 
 
@@ -880,6 +880,26 @@ def test_the_defaults_are_the_papers():
     assert (s.effective_batch_size, s.learning_rate, s.scale_lr, s.beta_dpo) == (2048, 8.192e-9, True, 5000)
     assert (s.max_train_steps, s.lr_warmup_steps, s.dataset) == (1000, 200, "yuvalkirstain/pickapic_v2")
     assert s.base_model == "stabilityai/stable-diffusion-xl-base-1.0" and training.accumulation_steps(2048, 4, 8) == 64
+
+
+def test_a_cache_folder_that_holds_data_is_left_as_it_is(train, pairs_file, tmp_path):
+    (tmp_path / "mine").mkdir()
+    shutil.copy(pairs_file, tmp_path / "mine")
+    code, _, err = train("--cache-dir", "mine", "--output-dir", "out", "--max-train-steps", 1)
+    assert code == 2 and "--cache-dir mine: holds other parquet files" in err and "Traceback" not in err
+    assert os.listdir(tmp_path / "mine") == [pairs_file.name]
+
+
+def test_a_file_that_is_damaged_further_on_is_said_in_one_line():
+    def rows():
+        yield {"caption": "a"}
+        raise OSError("Corrupt snappy compressed data.")
+
+    stream = rows()
+    assert next_row(stream) == {"caption": "a"}
+    with pytest.raises(UserError, match="is damaged .Corrupt snappy compressed data.*--resume"):
+        next_row(stream)
+    assert next_row(iter([])) is None
 
 
 def test_demo_settings_fill_in_where_nothing_was_given():
