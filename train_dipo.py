@@ -53,7 +53,7 @@ from dipo.pairs import check_usable, make_loader, quiet_data
 from dipo.prompts import read_prompts
 from dipo.results import base_pictures, check_upload, plot_metrics, save_result, upload_result, validate
 from dipo.schemas import open_dataset, pairs_of
-from dipo.settings import completed
+from dipo.settings import check_models, completed
 
 
 @dataclass(kw_only=True)
@@ -395,6 +395,7 @@ def release(s: Settings, accelerator: Accelerator, pipe, model, progress: dict, 
 def main(s: Settings) -> None:
     s = complete(s)
     training.check_training(s)
+    check_models(s)
     prompts = list(VALIDATION_PROMPTS)
     if s.validation_prompts:
         prompts = list(read_prompts(s.validation_prompts, flag="validation-prompts")["prompt"][:8])

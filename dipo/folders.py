@@ -61,15 +61,16 @@ def natural(path: Path) -> list:
 
 def metadata_prompts(folder: Path) -> dict[str, dict]:
     """Prompt and category by file, from the first metadata file in a folder; nothing where there is none."""
-    for path in (folder / f"metadata{kind}" for kind in (".jsonl", ".csv", ".parquet")):
-        try:
-            if path.exists():
-                table = READERS[path.suffix](path)
-                return dict(zip(named_column(table, ("file_name",)), prompt_columns(table).to_dict("records"), strict=True))
-        except Exception as e:
-            reason = "has no column file_name" if isinstance(e, TypeError) else first_line(e)
-            raise UserError(f"{path}: cannot be read: {reason}; each row needs file_name and text") from e
-    return {}
+    paths = (folder / f"metadata{kind}" for kind in (".jsonl", ".csv", ".parquet"))
+    if not (path := next(filter(Path.exists, paths), None)):
+        return {}
+    try:
+        table = READERS[path.suffix](path)
+        if (names := named_column(table, ("file_name",))) is None:
+            raise ValueError("has no column file_name")
+        return dict(zip(names, prompt_columns(table).to_dict("records"), strict=True))
+    except Exception as e:
+        raise UserError(f"{path}: cannot be read: {first_line(e)}; each row needs file_name and text") from e
 
 
 def text_beside(path: Path) -> str:

@@ -5,7 +5,6 @@ import errno
 import functools
 import io
 import os
-import re
 import shutil
 import sys
 import threading
@@ -22,6 +21,7 @@ from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
 from dipo.checksums import DownloadError, File, count, damage, is_sha256, read_sums, sha256, write_sums
+from dipo.cli import clean
 
 FILES_AT_A_TIME = 4
 # Seconds before a call that failed for a passing reason is tried again.
@@ -111,11 +111,6 @@ def explain(e: Exception, source: Source) -> DownloadError:
 
 def brief(e: BaseException) -> str:
     return clean(" ".join(str(e).split()) or type(e).__name__)[:200]
-
-
-def clean(text: str) -> str:
-    """Text without the passwords and signatures that addresses can hold."""
-    return re.sub(r"(https?://)[^/\s@]*@", r"\1", re.sub(r"(https?://[^\s?]+)\?[^\s,)]*", r"\1", text))
 
 
 def repo_info(source: Source, revision: str, **more):

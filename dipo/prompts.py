@@ -150,17 +150,15 @@ def read_csv(path: Path) -> pd.DataFrame:
     separator = max(SEPARATORS, key=lambda s: (known[s], len(cells[s])))
     # Under a header of one cell the lines are whole, whatever they hold.
     options = {"sep": separator if len(cells[separator]) > 1 else "\x1f", "skipinitialspace": True}
+    too_wide = f"a row has more cells than the header; put quotes around prompts with {SEPARATORS[separator]}"
     try:
         table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, **options)
-        reason = "" if isinstance(table.index, pd.RangeIndex) else "fields in line"
     except pd.errors.EmptyDataError:
         return pd.DataFrame({"prompt": []})
     except pd.errors.ParserError as e:
-        reason = str(e)
-    if "fields in line" in reason:
-        raise ValueError(f"a row has more cells than the header; put quotes around prompts with {SEPARATORS[separator]}")
-    if reason:
-        raise ValueError("a quote is opened and never closed")
+        raise ValueError(too_wide if "fields in line" in str(e) else "a quote is opened and never closed") from e
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(too_wide)
     return table
 
 
@@ -179,7 +177,7 @@ def json_table(data) -> pd.DataFrame:
     if isinstance(data, list) and all(isinstance(x, dict) for x in data):
         return pd.DataFrame(data)
     if isinstance(data, dict) and named_column(pd.DataFrame(columns=list(data)), PROMPT) is not None:
-        return pd.DataFrame(data)
+        return pd.DataFrame(data if any(isinstance(x, list | dict) for x in data.values()) else [data])
     if isinstance(data, dict) and data and all(isinstance(x, list) for x in data.values()):
         return pd.concat([prompt_columns(json_table(x), category) for category, x in data.items()])
     found = f"an object with {', '.join(data)}" if isinstance(data, dict) else f"a JSON {type(data).__name__}"

@@ -16,11 +16,11 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 
-from dipo.cli import UserError
+from dipo.cli import UserError, clean
 from dipo.devices import DTYPES
 from dipo.files import find_path, write_text, written_whole
 from dipo.grids import save_grids
-from dipo.hub import brief, clean
+from dipo.hub import brief
 from dipo.models import decode
 from dipo.training import autocast, picture_size
 

@@ -141,12 +141,12 @@ def test_a_single_file_of_each_kind(folders, kind, tmp_path, monkeypatch):
         shutil.rmtree(configs / family / part, ignore_errors=True)
     if family == "sdxl":
         shutil.copy(ROOT / "assets/configs/sdxl/scheduler/scheduler_config.json", configs / "sdxl/scheduler")
-    import dipo.models
+    from dipo import single_file
 
-    monkeypatch.setattr(dipo.models, "ROOT", tmp_path)
+    monkeypatch.setattr(single_file, "ROOT", tmp_path)
     kinds = {"sdxl": "xl_base", "sd15": "v1", "sd21": "v2"}
-    monkeypatch.setattr(dipo.models, "infer_diffusers_model_type", lambda shapes: kinds[family])
-    monkeypatch.setitem(dipo.models.CHECKPOINT_KEY_NAMES, kinds[family], "model.diffusion_model.out.0.weight")
+    monkeypatch.setattr(single_file, "infer_diffusers_model_type", lambda shapes: kinds[family])
+    monkeypatch.setitem(single_file.CHECKPOINT_KEY_NAMES, kinds[family], "model.diffusion_model.out.0.weight")
     assert torch.equal(ours(path, 10), ours(folders[kind], 10))
 
 

@@ -13,7 +13,7 @@ MODULES = sorted(p.stem for p in (ROOT / "dipo").glob("[!_]*.py"))
 LEVELS = (
     ("cli", "stats", "timesteps", "pictures"),
     ("files", "devices"),
-    ("grids", "figures", "prompts", "pairs", "schemas", "checkpoints", "checksums"),
+    ("grids", "figures", "prompts", "pairs", "schemas", "checkpoints", "checksums", "single_file"),
     ("models", "settings", "hub", "folders"),
     ("compiled", "judges", "loras", "training", "pickapic"),
     ("batches", "scores", "tables", "cache", "results"),

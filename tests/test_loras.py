@@ -18,9 +18,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from dipo import loras
 from dipo.cli import UserError
 from dipo.files import lora_and_strength, lora_names
-from dipo.loras import diffusers_name, merge_loras, weights_by_name
+from dipo.loras import diffusers_name, weights_by_name
 from dipo.settings import check_lora, check_sampling
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn"
@@ -38,6 +39,12 @@ UNET |= {
     "conv_in": 2,
 }
 ENCODER = {f"{TEXT}self_attn.q_proj": 2, f"{TEXT}self_attn.out_proj": 3, f"{TEXT}mlp.fc1": 2}
+
+
+def merge_loras(pipe, entries, strict=True):
+    """As a script's load_pipeline does it, which reads them before the pipeline."""
+    read = [loras.read_lora(entry, pipe.unet.config.cross_attention_dim) for entry in entries]
+    loras.merge_loras(pipe, read, strict)
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +452,7 @@ def test_layers_that_fit_nothing_are_named(sdxl, tmp_path, capfd, model, layer, 
 def test_nothing_for_the_unet(sdxl, tmp_path):
     made = {key: parts for key, parts in factors(sdxl).items() if key[0] != "unet"}
     path = tmp_path / "a.safetensors"
-    assert "nothing of it fits the UNet; 0 of 6 layers" in refused(sdxl, path, kohya(made))
+    assert refused(sdxl, path, kohya(made)).endswith("nothing of it fits the UNet; --no-lora-strict merges the others")
     pipe, before = copy.deepcopy(sdxl), weights(sdxl)
     merge(pipe, path, kohya(made), strict=False)
     check(pipe, before, {k: a / len(d) * product(d, u) for k, (d, u, a) in made.items()})
@@ -483,10 +490,22 @@ def test_a_lora_of_another_family(sdxl, sd15, tmp_path, layout, strict, monkeypa
         ({"<cat>": torch.ones(768)}, "a textual inversion"),
         (
             {f"a{i}.weight": torch.ones(2, 2) for i in range(9)} | {"conv_in.weight": torch.ones(2)},
-            "the full weights of a model",
+            "no LoRA; it is a UNet; give it as --dpo-unet",
         ),
-        ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 4, 3, 3)}, "the full weights of a model"),
-        ({f"a{i}.weight": torch.ones(2, 2) for i in range(9)}, "no LoRA; its first key is a0.weight"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 4, 3, 3)}, "it is a UNet; give it as --dpo-unet"),
+        ({"decoder.conv_in.weight": torch.ones(2, 4, 3, 3)}, "it is a VAE; give it as --vae"),
+        (
+            {"controlnet_cond_embedding.conv_in.weight": torch.ones(2, 4, 3, 3)},
+            "it is a ControlNet, which has no place here",
+        ),
+        (
+            {f"conditioner.a{i}.weight": torch.ones(1, 1, 1) for i in range(2)},
+            "it is a whole checkpoint; give it as --base-model",
+        ),
+        (
+            {f"a{i}.weight": torch.ones(2, 2) for i in range(9)},
+            "it is of no kind that is known here; its first key is a0.weight",
+        ),
     ],
 )
 def test_files_that_are_no_lora_say_what_they_are(sdxl, tmp_path, tensors, says):
