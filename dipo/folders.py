@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dipo.cli import UserError, first_line
+from dipo.cli import UserError, first_line, warn
 from dipo.files import find_path, read_record
 from dipo.grids import is_grid
 from dipo.pictures import UNREADABLE, prompt_inside
@@ -35,6 +35,8 @@ def picture_records(name: str, given: list[dict] | None = None) -> dict[str, dic
         raise UserError(
             f"--folder-prompts: {len(given)} prompts for the {len(records)} pictures of {name}; give one for each"
         )
+    if given and len(foreign) < len(records):
+        warn(f"--folder-prompts: pictures of {name} that these scripts made keep the prompts inside them")
     known = dict(zip(records, given, strict=False)) if given else metadata_prompts(folder)
     missing = []
     for file in foreign:
@@ -74,8 +76,8 @@ def metadata_prompts(folder: Path) -> dict[str, dict]:
 
 
 def text_beside(path: Path) -> str:
-    text = path.with_suffix(".txt")
-    return read_text(text) if text.exists() else ""
+    texts = (path.with_suffix(suffix) for suffix in (".txt", ".TXT"))
+    return next((read_text(text) for text in texts if text.exists()), "")
 
 
 def paired(images: pd.DataFrame, a: str, b: str) -> tuple[pd.DataFrame, str]:

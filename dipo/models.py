@@ -93,9 +93,14 @@ def load_folder(cls, path: Path | None, name: str, subfolder: str, dtype: torch.
 def pipeline_class(name: str):
     """The class of the base model's pipeline: StableDiffusionXLPipeline, or StableDiffusionPipeline for SD 1.5, 2.0 and 2.1.
     UserError for another one."""
-    kind = load_part(DiffusionPipeline, "base-model", name, "").get("_class_name")
+    index, path = load_part(DiffusionPipeline, "base-model", name, ""), find_path(name)
+    kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise UserError(f"--base-model {name}: holds a {kind}; use a base model of SDXL, SD 1.5 or SD 2.1")
+    for part in (part for part in index if part.startswith("tokenizer") and path and path.is_dir()):
+        # transformers makes an empty one of a folder without these files.
+        if not any((path / part / file).exists() for file in ("vocab.json", "tokenizer.json")):
+            raise UserError(f"--base-model {name}: has no vocabulary in {part}/; fetch the folder again")
     return getattr(diffusers, kind)
 
 
@@ -157,6 +162,7 @@ def reason(e: BaseException) -> str:
         errors.LocalEntryNotFoundError: "no folder, not in the hub's cache, and the hub is out of reach",
         errors.GatedRepoError: "gated: accept its terms on the hub and set HF_TOKEN",
         errors.RepositoryNotFoundError: "neither a folder nor a model on the hub that this user may read",
+        NotImplementedError: "some of its tensors are missing",  # what torch says of those without data
     }
     return next((text for kind, text in reasons.items() if isinstance(root_cause(e), kind)), first_line(e))
 

@@ -186,7 +186,7 @@ def check_model_path(flag: str, name: str, index_file: str) -> None:
     index_file), could be a hub name such as "owner/name" or a file there, or is empty where the base model's own part can
     stand in."""
     path = find_path(name)
-    if path and path.suffix.lower() != ".safetensors":
+    if path and path.suffix != ".safetensors":
         if not any((path / sub / index_file).exists() for sub in ("", "unet", "vae")):
             raise UserError(
                 f"--{flag} {name}: neither a .safetensors file nor a model folder of diffusers with {index_file}"

@@ -25,11 +25,12 @@ PARTS = {
     "unet": ("UNet", "dpo-unet", r"^(model\.diffusion_model\.)?(input_blocks\.0\.0|conv_in)\.weight$"),
     "vae": ("VAE", "vae", r"^((first_stage_model|vae)\.)?decoder\.conv_in\.weight$"),
 }
+WHOLE = "a whole checkpoint; give it as --base-model"
 # What else a file may be by a tensor's name. The first that fits counts.
 KINDS = {
     r"^(controlnet_|control_model\.|input_hint_block)": "a ControlNet, which has no place here",
     r"lora(_linear_layer)?[._](A|B|down|up)\b|hada_|lokr_": "a LoRA; give it as --dpo-lora",
-    r"^(conditioner|cond_stage_model)\.": "a whole checkpoint; give it as --base-model",
+    r"^(conditioner|cond_stage_model)\.": WHOLE,
     **{tensor: f"a {name}; give it as --{flag}" for name, flag, tensor in PARTS.values()},
     r"token_embedding\.weight$": "a text encoder, which comes with the base model",
 }
@@ -61,6 +62,12 @@ def kind_of(names) -> str:
     return next((kind for tensor, kind in KINDS.items() if has(names, tensor)), unknown)
 
 
+def but_what(names) -> str:
+    """The rest of a line that says what a file is not; empty where it is a checkpoint that only lacks that."""
+    kind = kind_of(names)
+    return "" if kind == WHOLE else f"; it is {kind}"
+
+
 def text_width(shapes: dict[str, list[int]]) -> int | None:
     """How many numbers the text embeddings have that a UNet reads."""
     return next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
@@ -72,7 +79,7 @@ def load(cls, path: Path, subfolder: str, dtype: torch.dtype | None, base: Path 
     shapes = tensor_shapes(path)
     if base and subfolder in PARTS and not has(shapes, PARTS[subfolder][2]):
         name, flag, _ = PARTS[subfolder]
-        raise ValueError(f"holds no {name}; " + (f"give one with --{flag}" if base == path else f"it is {kind_of(shapes)}"))
+        raise ValueError(f"holds no {name}" + (but_what(shapes) or f"; give one with --{flag}"))
     folder, pads = config_folder(base or path)
     inside = {"subfolder": subfolder} if subfolder else {}
     beside = path.with_name("config.json")
@@ -103,7 +110,7 @@ def config_folder(base: Path | str) -> tuple[Path | str, dict[str, str]]:
     kind = infer_diffusers_model_type({key: SimpleNamespace(shape=shape) for key, shape in shapes.items()})
     # What diffusers does not know it takes for v1.
     if kind not in SINGLE_FILES or CHECKPOINT_KEY_NAMES[kind] not in shapes:
-        raise ValueError(f"no checkpoint of SDXL, SD 1.5 or SD 2 in the original layout; it is {kind_of(shapes)}")
+        raise ValueError(f"no checkpoint of SDXL, SD 1.5 or SD 2 in the original layout{but_what(shapes)}")
     name, pads = SINGLE_FILES[kind]
     return ROOT / "assets/configs" / name, pads
 

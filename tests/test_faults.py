@@ -25,7 +25,7 @@ from conftest import ROOT
 from helpers import pixels
 from PIL import Image
 from safetensors import safe_open
-from test_train_dipo import FLAGS, pairs_file, same, tiny, weights  # noqa: F401
+from test_train_dipo import FLAGS, pairs_file, same, weights  # noqa: F401
 
 from dipo import cli, judges
 

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from dipo import results
 from dipo.cli import UserError
 
-pairs_file, tiny, train = test_train_dipo.pairs_file, test_train_dipo.tiny, test_train_dipo.train
+pairs_file, train = test_train_dipo.pairs_file, test_train_dipo.train
 TOKEN = "hf_" + "secret" * 5
 WRITER = {"name": "me", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}}
 
