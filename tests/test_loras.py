@@ -304,9 +304,11 @@ def test_a_folder_of_peft(sdxl, tmp_path, config):
             change = m * (w + change) / (w + change).flatten(1).norm(dim=1).reshape(m.shape) - w
         changes["unet", layer] = change
     check(pipe, before, changes)
-    # A strength is the share of the whole change, also of DoRA's.
+    # A strength is the share of the whole change, also of DoRA's; the file may have another name, its configuration beside it.
     pipe = copy.deepcopy(sdxl)
-    merge_loras(pipe, (f"{tmp_path}/lora/adapter_model.safetensors:0.25",))
+    (tmp_path / "lora/adapter_model.safetensors").rename(tmp_path / "lora/mine.safetensors")
+    merge_loras(pipe, (f"{tmp_path}/lora/mine.safetensors:0.25",))
+    assert lora_names((f"{tmp_path}/lora/mine.safetensors",))[1:] == [f"{tmp_path}/lora/adapter_config.json"]
     check(pipe, before, {k: 0.25 * v for k, v in changes.items()})
 
 
@@ -527,6 +529,28 @@ def test_what_cannot_be_read(sdxl, tmp_path):
             merge_loras(sdxl, (str(name),))
         assert str(e.value).startswith(f"--dpo-lora {name}: cannot be read (") and says in str(e.value)
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "config", [[], {"lora_alpha": None}, {"lora_alpha": "8"}, {"lora_alpha": []}, {"lora_alpha": math.inf}]
+)
+def test_an_alpha_that_is_no_number(sdxl, tmp_path, config):
+    save_file(peft(factors(sdxl)), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"cannot be read \((alpha of .* is .*, no finite number|.* holds no JSON object)\)"):
+        merge_loras(sdxl, (str(tmp_path),))
+
+
+def test_a_lora_is_read_before_a_model_is_loaded(sdxl, sd15, tmp_path, monkeypatch):
+    made = factors(sd15)
+    made["unet", f"{ATTENTION}2.to_k"] = (torch.ones(3, 768), *made["unet", f"{ATTENTION}2.to_k"][1:])
+    save_file(kohya_sd15(made), tmp_path / "a.safetensors")
+    for name in SAMPLERS:
+        loaded = []
+        monkeypatch.setattr(script(name), "load_part", lambda *part, **_: loaded.append(part))
+        with pytest.raises(UserError, match="made for text embeddings of 768"):
+            load(name, dpo_lora=(str(tmp_path / "a.safetensors"),))
+        assert not loaded
 
 
 def test_from_the_hubs_cache(sdxl, tmp_path, monkeypatch):

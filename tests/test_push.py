@@ -160,6 +160,10 @@ def test_without_token_or_network(hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="there is no token here; log in with `hf auth login`"):
         results.check_upload("me/dipo")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"cannot be asked about the token \(.*\); look at the connection"):
+        results.check_upload("me/dipo")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         results.check_upload("me/dipo")
