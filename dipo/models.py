@@ -108,7 +108,7 @@ def fitted(s):
     """The settings with what follows from the base model: its own timestep spacing for auto, and its own VAE where the
     default is SDXL's and it is of another family. Raises UserError for a base model that cannot be sampled here."""
     quiet_libraries()
-    s = replace(s, vae=fitting_vae(s))
+    s = replace(s, vae=fitting_vae(s, pipeline_class(s.base_model)))
     check_family(s)
     scheduler = load_part(DDIMScheduler, "base-model", s.base_model, "scheduler")
     prediction = scheduler.get("prediction_type", "epsilon")
@@ -121,9 +121,9 @@ def fitted(s):
     return s
 
 
-def fitting_vae(s) -> str:
+def fitting_vae(s, pipeline: type) -> str:
     """--vae, or "" for the base model's own where the default is of another family. UserError for another one that is."""
-    is_other = s.vae == type(s).vae and pipeline_class(s.base_model) is not StableDiffusionXLPipeline
+    is_other = s.vae == type(s).vae and pipeline is not StableDiffusionXLPipeline
     try:
         vae = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")
         own = load_part(AutoencoderKL, "base-model", s.base_model, "vae") if s.vae else vae

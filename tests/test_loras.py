@@ -304,7 +304,7 @@ def test_a_folder_of_peft(sdxl, tmp_path, config):
             change = m * (w + change) / (w + change).flatten(1).norm(dim=1).reshape(m.shape) - w
         changes["unet", layer] = change
     check(pipe, before, changes)
-    # A strength is the share of the whole change, also of DoRA's; the file may have another name, its configuration beside it.
+    # A strength is the share of the whole change, also of DoRA's. The file is known by its configuration, whatever its name.
     pipe = copy.deepcopy(sdxl)
     (tmp_path / "lora/adapter_model.safetensors").rename(tmp_path / "lora/mine.safetensors")
     merge_loras(pipe, (f"{tmp_path}/lora/mine.safetensors:0.25",))
@@ -546,11 +546,9 @@ def test_a_lora_is_read_before_a_model_is_loaded(sdxl, sd15, tmp_path, monkeypat
     made["unet", f"{ATTENTION}2.to_k"] = (torch.ones(3, 768), *made["unet", f"{ATTENTION}2.to_k"][1:])
     save_file(kohya_sd15(made), tmp_path / "a.safetensors")
     for name in SAMPLERS:
-        loaded = []
-        monkeypatch.setattr(script(name), "load_part", lambda *part, **_: loaded.append(part))
+        monkeypatch.setattr(script(name), "load_part", None)
         with pytest.raises(UserError, match="made for text embeddings of 768"):
             load(name, dpo_lora=(str(tmp_path / "a.safetensors"),))
-        assert not loaded
 
 
 def test_from_the_hubs_cache(sdxl, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ RGB = np.stack([GREY, GREY[:, ::-1], GREY // 2], axis=-1)
 
 
 def png16(pixels, clear=None):
-    """A PNG of 16 bits a channel, which Pillow does not write: pixels (H, W, channels). clear: the grey that is transparent."""
+    """A PNG of 16 bits a channel, which Pillow does not write: pixels (H, W, channels); the grey clear is transparent."""
     height, width, channels = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
