@@ -144,7 +144,7 @@ def output_folder(name: str):
     except BrokenPipeError:
         raise
     except (OSError, RuntimeError) as e:
-        raise DownloadError(f"{name}: {hub.brief(e)}; put that right, or give another folder with --output-dir") from e
+        raise DownloadError(f"{name}: {cli.first_line(e)}; put that right, or give another folder with --output-dir") from e
 
 
 def source_of(dataset: tuple[int] | tuple[str, int]) -> Source:

@@ -55,7 +55,7 @@ def local_path(name: str) -> Path | None:
     if path is None and (found := re.fullmatch(r"([^/]+/[^/]+)/(.+\.safetensors)", name)):
         repository, file = found.groups()
         wanted = [file, *(str(PurePosixPath(file).with_name(beside)) for beside in ("config.json", ADAPTER_CONFIG))]
-        path = Path(huggingface_hub.snapshot_download(repository, allow_patterns=map(glob.escape, wanted)), file)
+        path = Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*map(glob.escape, wanted)]), file)
         if not path.exists():
             raise FileNotFoundError(f"there is no {file} in {repository}, or it is not in the hub's cache")
     if path is None and HF_HUB_OFFLINE:
@@ -146,11 +146,10 @@ def check_family(s) -> None:
     flag = "dpo-unet" if hasattr(s, "dpo_unet") else "init-unet"
     name = getattr(s, flag.replace("-", "_"))
     unet, own = (load_config(UNet2DConditionModel, flag, x, s.base_model, "unet") for x in (name, ""))
-    if unet["cross_attention_dim"] != own["cross_attention_dim"]:
-        raise UserError(
-            f"--{flag} {name}: made for text embeddings of {unet['cross_attention_dim']} numbers, "
-            f"but --base-model {s.base_model} gives {own['cross_attention_dim']}; take both from the same model family"
-        )
+    there, here = (config.get("cross_attention_dim") for config in (unet, own))
+    if there != here:
+        made = f"made for text embeddings of {there} numbers, but --base-model {s.base_model} gives {here}"
+        raise UserError(f"--{flag} {name}: {made}; take both from the same model family")
     channels = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")["latent_channels"]
     if unet["in_channels"] != channels:
         raise UserError(f"{name or s.base_model}: its UNet takes {unet['in_channels']} channels, the VAE has {channels}")

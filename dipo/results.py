@@ -16,11 +16,11 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 
-from dipo.cli import UserError, clean
+from dipo.cli import UserError, clean, first_line
 from dipo.devices import DTYPES
 from dipo.files import find_path, write_text, written_whole
 from dipo.grids import save_grids
-from dipo.hub import brief, status_of
+from dipo.hub import status_of
 from dipo.models import decode
 from dipo.training import autocast, picture_size
 
@@ -153,7 +153,7 @@ def check_upload(name: str) -> None:
         todo = "look at the connection, or leave the upload for later"
         if status_of(e) in (401, 403):
             what, todo = "does not take the token", "look at HF_TOKEN"
-        raise UserError(f"{flag}: {hub} {what} ({brief(e)}); {todo}") from e
+        raise UserError(f"{flag}: {hub} {what} ({first_line(e)}); {todo}") from e
     role = me.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise UserError(
@@ -177,7 +177,7 @@ def upload_result(s, out: Path, step: int) -> None:
     except Exception as e:
         command = ["hf", "upload", s.push_to_hub, str(out), ".", "--private", *(f"--include={x}" for x in files)]
         raise UserError(
-            f"--push-to-hub {s.push_to_hub}: not uploaded ({brief(e)}); the result is kept in {out}, upload it with "
+            f"--push-to-hub {s.push_to_hub}: not uploaded ({first_line(e)}); the result is kept in {out}, upload it with "
             f"{shlex.join(command)}"
         ) from e
     print(f"{out}: uploaded to {url}")

@@ -360,7 +360,7 @@ def test_another_revisions_files_go(download, hub, tmp_path):
 
 
 def test_no_secrets_in_messages():
-    said = dipo_hub.brief(OSError("at https://me:secret@host:9/a?X-Signature=abc&b=c, and http://x@y/z (gone)"))
+    said = cli.first_line(OSError("at https://me:secret@host:9/a?X-Signature=abc&b=c, and http://x@y/z (gone)"))
     assert said == "at https://host:9/a, and http://y/z (gone)"
 
 
