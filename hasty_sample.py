@@ -15,7 +15,6 @@ stopped goes on when the same command is given again; a folder holds the images 
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
@@ -159,7 +158,7 @@ def make_images(s: Settings, todo: dict[Path, dict], state, device: torch.device
         warn_of_long_prompts(pipe, [*(r["prompt"] for r in todo.values()), s.negative_prompt])
         if tau[0] < 900:
             first = f"{s.num_inference_steps} {s.timestep_spacing} steps start at t = {tau[0]}"
-            print(f"warning: {first}, not near 999; use --timestep-spacing trailing for so few", file=sys.stderr)
+            cli.warn(f"{first}, not near 999; use --timestep-spacing trailing for so few")
         if s.guidance_interval:
             none = "" if any(guided) else "; that is --guidance-scale 1"
             print(f"guidance in {sum(guided)} of {len(guided)} steps{none}")

@@ -2,7 +2,6 @@
 
 import glob
 import re
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,7 @@ from huggingface_hub import errors
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from dipo import single_file
-from dipo.cli import UserError, first_line
+from dipo.cli import UserError, first_line, warn
 from dipo.files import ADAPTER_CONFIG, find_path, fingerprint, lora_names
 
 # The pipelines that are sampled and trained, with what is left out of them: SDXL; SD 1.5, 2.0 and 2.1.
@@ -125,14 +124,14 @@ def fitting_vae(s, pipeline: type) -> str:
     """--vae, or "" for the base model's own where the default is of another family. UserError for another one that is."""
     is_other = s.vae == type(s).vae and pipeline is not StableDiffusionXLPipeline
     try:
-        vae = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")
-        own = load_part(AutoencoderKL, "base-model", s.base_model, "vae") if s.vae else vae
+        # What diffusers takes for it where an old file does not say.
+        scale = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae").get("scaling_factor", 0.18215)
     except UserError:
         if is_other:
             return ""
         raise
-    # What diffusers takes for it where an old file does not say.
-    scale, wanted = (config.get("scaling_factor", 0.18215) for config in (vae, own))
+    own = own_config(AutoencoderKL, s.base_model, "vae")
+    wanted = own.get("scaling_factor", 0.18215 if own or is_other else scale)
     if scale != wanted and not is_other:
         raise UserError(
             f"--vae {s.vae}: scales latents by {scale:g}, but --base-model {s.base_model} by {wanted:g}; take both from the "
@@ -141,12 +140,21 @@ def fitting_vae(s, pipeline: type) -> str:
     return s.vae if scale == wanted else ""
 
 
+def own_config(cls, base_model: str, subfolder: str) -> dict:
+    """The configuration of a base model's own part; empty where it lacks that, as it may beside another."""
+    try:
+        return load_part(cls, "base-model", base_model, subfolder)
+    except UserError:
+        return {}
+
+
 def check_family(s) -> None:
     """UserError for a UNet of another family than the base model, or of other latents than the VAE."""
     flag = "dpo-unet" if hasattr(s, "dpo_unet") else "init-unet"
     name = getattr(s, flag.replace("-", "_"))
-    unet, own = (load_config(UNet2DConditionModel, flag, x, s.base_model, "unet") for x in (name, ""))
-    there, here = (config.get("cross_attention_dim") for config in (unet, own))
+    unet = load_config(UNet2DConditionModel, flag, name, s.base_model, "unet")
+    there = unet.get("cross_attention_dim")
+    here = own_config(UNet2DConditionModel, s.base_model, "unet").get("cross_attention_dim", there)
     if there != here:
         made = f"made for text embeddings of {there} numbers, but --base-model {s.base_model} gives {here}"
         raise UserError(f"--{flag} {name}: {made}; take both from the same model family")
@@ -249,7 +257,7 @@ def warn_of_long_prompts(pipe: DiffusionPipeline, prompts: list[str]) -> None:
         if len(ids) > room:
             cut = tokenizer.decode(ids[room:]).strip()
             start = prompt if len(prompt) <= 40 else prompt[:40] + "..."
-            print(f"warning: {start!r} has {len(ids) + 2} tokens, {room + 2} are read; cut off: {cut!r}", file=sys.stderr)
+            warn(f"{start!r} has {len(ids) + 2} tokens, {room + 2} are read; cut off: {cut!r}")
 
 
 class Text(NamedTuple):

@@ -60,18 +60,19 @@ def source_table(source: str, parti: str, pickapic: str) -> pd.DataFrame | None:
 
         return json_table(hpsv2.benchmark_prompts("all"))
     if path and path.is_dir():
-        return folder_table(sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in READERS and f.is_file()))
+        files = sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in READERS and f.is_file())
+        return together((f.stem, f.name, READERS[f.suffix.lower()], f) for f in files)
     return prompt_columns(READERS[path.suffix.lower()](path)) if path and path.suffix.lower() in READERS else None
 
 
-def folder_table(files: list[Path]) -> pd.DataFrame:
-    """The prompts of several files, whose names are the categories of those without. ValueError names the file."""
+def together(parts) -> pd.DataFrame:
+    """One table of parts (category, name, reader, source), the category for rows without. ValueError names the part."""
     tables = [pd.DataFrame(columns=["prompt", "category"])]
-    for file in files:
+    for category, name, read, source in parts:
         try:
-            tables.append(prompt_columns(READERS[file.suffix.lower()](file), file.stem))
+            tables.append(prompt_columns(read(source), category))
         except Exception as e:
-            raise ValueError(f"{file.name}: {first_line(e)}") from e
+            raise ValueError(f"{name}: {first_line(e)}") from e
     return pd.concat(tables)
 
 
@@ -201,10 +202,11 @@ def json_table(data) -> pd.DataFrame:
     if isinstance(data, dict) and {*PROMPT} & {*plain(data)}:
         return json_columns(data)
     if isinstance(data, dict) and all(isinstance(x, list) for x in data.values()):
-        return pd.concat([pd.DataFrame(columns=["prompt"]), *(json_category(key, x) for key, x in data.items())])
-    found = f"an object with {listed(data)}" if isinstance(data, dict) else f"a JSON {type(data).__name__}"
-    if isinstance(data, list):
-        found = f"a list of {' and '.join(sorted({type(x).__name__ for x in data}))}"
+        return together((key, key, json_table, x) for key, x in data.items())
+    kinds = {type(x).__name__ for x in data} if isinstance(data, list) else ()
+    found = f"a JSON {type(data).__name__}" + (f" of {listed(sorted(kinds))}" if kinds else "")
+    if isinstance(data, dict):
+        found = f"an object with {listed(data)}"
     wanted = "a list of prompts or of objects with a prompt, or an object of lists, its keys the categories"
     raise ValueError(f"holds {found}; give {wanted}")
 
@@ -219,13 +221,6 @@ def json_columns(data: dict) -> pd.DataFrame:
     if plain([key]) == ["text"] and any(isinstance(x, str) for k in others for x in data[k]):
         raise ValueError(f"{key} may be a column or a category, as {others[0]} is; call it prompt, or something else")
     return pd.DataFrame(data if any(isinstance(x, list | dict) for x in data.values()) else [data], dtype=object)
-
-
-def json_category(key: str, prompts: list) -> pd.DataFrame:
-    try:
-        return prompt_columns(json_table(prompts), key)
-    except ValueError as e:
-        raise ValueError(f"{key}: {e}") from e
 
 
 def listed(names) -> str:

@@ -175,24 +175,17 @@ def check_different(flag: str, *values: float) -> None:
 
 
 def check_models(s) -> None:
-    """Raise UserError for a base model, UNet or VAE that cannot be one by its name."""
+    """Raise UserError unless base model, UNet and VAE are each a .safetensors file or a model folder (it or its subfolder of
+    the kind holds an index), could be a hub name such as "owner/name" or a file there, or are empty where the base model's
+    own part can stand in."""
     for flag in ("base-model", "dpo-unet", "init-unet", "vae"):
-        index_file = "model_index.json" if flag == "base-model" else "config.json"
-        check_model_path(flag, getattr(s, flag.replace("-", "_"), ""), index_file)
-
-
-def check_model_path(flag: str, name: str, index_file: str) -> None:
-    """Raise UserError unless name is a .safetensors file or a model folder (it or its subfolder of the kind holds
-    index_file), could be a hub name such as "owner/name" or a file there, or is empty where the base model's own part can
-    stand in."""
-    path = find_path(name)
-    if path and path.suffix != ".safetensors":
-        if not any((path / sub / index_file).exists() for sub in ("", "unet", "vae")):
-            raise UserError(
-                f"--{flag} {name}: neither a .safetensors file nor a model folder of diffusers with {index_file}"
-            )
-    elif not path and (name or flag == "base-model") and not re.fullmatch(HUB_NAME, name):
-        raise UserError(f"--{flag} {name!r}: no such folder; give a folder, run download_models.py, or try --demo")
+        name = getattr(s, flag.replace("-", "_"), "")
+        index, path = "model_index.json" if flag == "base-model" else "config.json", find_path(name)
+        if path and path.suffix != ".safetensors":
+            if not any((path / sub / index).exists() for sub in ("", "unet", "vae")):
+                raise UserError(f"--{flag} {name}: neither a .safetensors file nor a model folder of diffusers with {index}")
+        elif not path and (name or flag == "base-model") and not re.fullmatch(HUB_NAME, name):
+            raise UserError(f"--{flag} {name!r}: no such folder; give a folder, run download_models.py, or try --demo")
 
 
 def check_lora(entry: str) -> None:

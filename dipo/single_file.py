@@ -68,11 +68,6 @@ def but_what(names) -> str:
     return "" if kind == WHOLE else f"; it is {kind}"
 
 
-def text_width(shapes: dict[str, list[int]]) -> int | None:
-    """How many numbers the text embeddings have that a UNet reads."""
-    return next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
-
-
 def load(cls, path: Path, subfolder: str, dtype: torch.dtype | None, base: Path | str, **more):
     """A pipeline (subfolder "") or one model of it, or without a dtype its configuration. base: the base model whose
     configuration a file has that holds a part alone. Raises ValueError for a file that does not hold what is wanted."""
@@ -86,10 +81,10 @@ def load(cls, path: Path, subfolder: str, dtype: torch.dtype | None, base: Path 
     if base and beside.exists() and json.loads(beside.read_text(encoding="utf-8")).get("_class_name") == cls.__name__:
         folder, inside = path.parent, {}
     if dtype is None:
-        config = cls.load_config(str(folder), **inside)
-        if subfolder == "unet" and (width := text_width(shapes)):
-            config["cross_attention_dim"] = width
-        return config | (scheduler_marks(shapes) if subfolder == "scheduler" else {})
+        widths = [shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")]
+        marks = {"cross_attention_dim": widths[0]} if subfolder == "unet" and widths else {}
+        marks |= scheduler_marks(shapes) if subfolder == "scheduler" else {}
+        return cls.load_config(str(folder), **inside) | marks
     if not subfolder:
         vocabulary = ROOT / "assets/configs/tokenizer"
         more |= {part: CLIPTokenizer.from_pretrained(vocabulary, pad_token=pad) for part, pad in pads.items()}

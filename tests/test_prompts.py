@@ -129,7 +129,7 @@ UNREADABLE = {
     "later.csv": ("prompt,category\na,b\na, b,c\n", "put quotes around prompts with commas"),
     "open.csv": ('prompt,n\n"a,1\nb,2\n', "a quote is opened and never closed"),
     "empty.csv": ("", "holds no prompt"),
-    "numbers.json": ("[1, 2]", "holds a list of int; give a list of prompts or of objects"),
+    "numbers.json": ("[1, 2]", "holds a JSON list of int; give a list of prompts or of objects"),
     "words.json": ("null", "holds a JSON NoneType; give"),
     "text.json": (
         '{"text": ["c"], "animals": ["a"], "people": ["b"]}',
