@@ -93,6 +93,8 @@ def peft_configs(path: Path, header: dict[str, str], tensors: dict[str, torch.Te
         if not isinstance(config := json.loads(beside.read_text(encoding="utf-8")), dict):
             raise ValueError(f"{ADAPTER_CONFIG} holds no JSON object")
         return dict.fromkeys(MODELS.values(), config)
+    if any(key.startswith("base_model.model.") for key in tensors):
+        warn(f"{path}: its scale is in peft's {ADAPTER_CONFIG}, which is not beside it; taken as 1")
     configs = {}
     for key, value in json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}")).items():
         model, _, option = key.partition(".")

@@ -199,11 +199,13 @@ LAYOUTS = [diffusers_old, diffusers_new, diffusers_text, processors, peft, peft_
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_without_alpha_have_full_strength_at_mixed_ranks(sdxl, tmp_path, layout):
+def test_layouts_without_alpha_have_full_strength_at_mixed_ranks(sdxl, tmp_path, layout, capfd):
     pipe, made = copy.deepcopy(sdxl), factors(sdxl)
     before, tensors = weights(pipe), layout(made)
     save_file(tensors, tmp_path / "a.safetensors")
     merge_loras(pipe, (f"{tmp_path}/a.safetensors:-0.5",))
+    said = "its scale is in peft's adapter_config.json, which is not beside it; taken as 1"
+    assert (said in capfd.readouterr().err) == (layout is peft)
     few = {k: v for k, v in made.items() if any(t is v[0] for t in tensors.values())}
     assert {len(d) for d, *_ in few.values()} > {2, 3} and (layout in LAYOUTS[4:] or {m for m, _ in few} == {*models(sdxl)})
     check(pipe, before, {k: -0.5 * product(d, u) for k, (d, u, _) in few.items()})

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 
 from dipo.grids import save_grids
 from dipo.pairs import read_picture
@@ -274,3 +274,14 @@ def test_graphs_that_leave_the_prompt_open_say_so():
 def test_other_chunks_called_prompt_are_no_graph(text, tmp_path):
     (tmp_path / "a.png").write_bytes(text_png(prompt=text))
     assert prompt_inside(tmp_path / "a.png") == ""
+
+
+def test_a_damaged_avif_is_unreadable():
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    data = saved(Image.fromarray(RGB), "AVIF")
+    for end in range(len(data) // 4, len(data), len(data) // 4):
+        with pytest.raises(UNREADABLE):
+            open_picture(data[:end])
+    with pytest.raises(UNREADABLE):
+        open_picture(data[: len(data) // 2] + b"\xff" * (len(data) - len(data) // 2))
