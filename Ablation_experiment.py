@@ -31,7 +31,7 @@ from dipo.compiled import projected_once
 from dipo.figures import BLUE, GREY, ORANGE, describe, save_plot
 from dipo.files import write_csv
 from dipo.judges import HPSv2, PickScore
-from dipo.loras import merge_loras
+from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
 from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
 from dipo.study import Row, Study, open_study
@@ -97,7 +97,7 @@ def sample(pipe: DiffusionPipeline, batch: Batch, tau: list[int], eta: float, w:
 
 def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """SDXL (or SD 1.5, 2.1) with the DPO-trained UNet and a DDIM scheduler swapped in."""
-    parts = {}
+    loras, parts = read_loras(s), {}
     if s.dpo_unet:
         parts["unet"] = load_part(UNet2DConditionModel, "dpo-unet", s.dpo_unet, "unet", dtype, s.base_model)
     if s.vae:
@@ -105,8 +105,7 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Diff
     pipe = load_part(pipeline_class(s.base_model), "base-model", s.base_model, "", dtype, **parts)
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
-    if s.dpo_lora:
-        merge_loras(pipe, s.dpo_lora, s.lora_strict)
+    merge_loras(pipe, loras, s.lora_strict)
     return ready(pipe, s, device)
 
 

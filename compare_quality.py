@@ -38,7 +38,7 @@ from dipo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, describe, save_
 from dipo.files import find_path, write_csv
 from dipo.folders import paired, picture_records
 from dipo.judges import CLIPScore, HPSv2, Judge, PickScore
-from dipo.loras import merge_loras
+from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
 from dipo.prompts import read_prompts
 from dipo.scores import Scores
@@ -145,7 +145,7 @@ def sample_by(pipe: DiffusionPipeline, batch: Batch, scheduler, steps: int, w: f
 
 def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """SDXL (or SD 1.5, 2.1) with the DPO-trained UNet and a DDIM scheduler swapped in."""
-    parts = {}
+    loras, parts = read_loras(s), {}
     if s.dpo_unet:
         parts["unet"] = load_part(UNet2DConditionModel, "dpo-unet", s.dpo_unet, "unet", dtype, s.base_model)
     if s.vae:
@@ -153,8 +153,7 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Diff
     pipe = load_part(pipeline_class(s.base_model), "base-model", s.base_model, "", dtype, **parts)
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
-    if s.dpo_lora:
-        merge_loras(pipe, s.dpo_lora, s.lora_strict)
+    merge_loras(pipe, loras, s.lora_strict)
     return ready(pipe, s, device)
 
 
@@ -298,6 +297,7 @@ def score_folders(s: Settings, judges: list[Judge]) -> None:
     for folder, records in found.items():
         scores = Scores(find_path(folder), judges, dtype_for(s.dtype, device))
         tables[folder] = scores.complete(records, state, device, s.scoring_batch_size).assign(variant=folder)
+    state.destroy_process_group()
     if not state.is_main_process:
         return
     images = pd.concat(tables.values())

@@ -144,7 +144,7 @@ def output_folder(name: str):
     except BrokenPipeError:
         raise
     except (OSError, RuntimeError) as e:
-        raise DownloadError(f"{name}: {hub.brief(e)}; put that right, or give another folder with --output-dir") from e
+        raise DownloadError(f"{name}: {cli.first_line(e)}; put that right, or give another folder with --output-dir") from e
 
 
 def source_of(dataset: tuple[int] | tuple[str, int]) -> Source:
@@ -203,11 +203,11 @@ def check_room(root: Path, snapshots: list[Snapshot], dataset: tuple | None) -> 
 def print_use(root: Path, dataset: str) -> None:
     """Print the lines that point the scripts to what is in root, train_dipo.py to the pairs in the folder dataset."""
     # Scripts look for relative paths in the current folder and in their own.
-    near = not root.is_absolute() and Path.cwd() == Path(__file__).resolve().parent
-    base = root if near else root.absolute()
+    base = root if not root.is_absolute() and Path.cwd() == Path(__file__).resolve().parent else root.absolute()
     there = checksums.read_sums(root)
     names = {name.replace("-", "_"): name for name in (*SOURCES, "pickapic") if name in there} | {"dataset": dataset}
-    names = names if "base_model" in names else names | {"base_model": "sd15", "dpo_unet": "sd15-dpo-unet"}
+    if "base_model" not in names and "sd15" in there:  # for which the VAE is not
+        names |= {"base_model": "sd15", "dpo_unet": "sd15-dpo-unet", "vae": ""}
     paths = {setting: (base / name).as_posix() for setting, name in names.items() if name in there}
     if not paths:
         return

@@ -15,7 +15,6 @@ stopped goes on when the same command is given again; a folder holds the images 
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
@@ -32,7 +31,7 @@ from dipo.compiled import projected_once
 from dipo.devices import DTYPES, claimed, dtype_for, start
 from dipo.files import fingerprint, finished_images, lora_names, read_record, writable_folder, write_csv
 from dipo.grids import remove_grids, save_grids
-from dipo.loras import merge_loras
+from dipo.loras import merge_loras, read_loras
 from dipo.models import (
     decode,
     encode,
@@ -121,7 +120,7 @@ def sample(
 
 def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """SDXL (or SD 1.5, 2.1) with the DPO-trained UNet and a DDIM scheduler swapped in."""
-    parts = {}
+    loras, parts = read_loras(s), {}
     if s.dpo_unet:
         parts["unet"] = load_part(UNet2DConditionModel, "dpo-unet", s.dpo_unet, "unet", dtype, s.base_model)
     if s.vae:
@@ -129,8 +128,7 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Diff
     pipe = load_part(pipeline_class(s.base_model), "base-model", s.base_model, "", dtype, **parts)
     # from_config would fill in True for both where the file lacks them, and clipping ruins latents.
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
-    if s.dpo_lora:
-        merge_loras(pipe, s.dpo_lora, s.lora_strict)
+    merge_loras(pipe, loras, s.lora_strict)
     return ready(pipe, s, device)
 
 
@@ -160,7 +158,7 @@ def make_images(s: Settings, todo: dict[Path, dict], state, device: torch.device
         warn_of_long_prompts(pipe, [*(r["prompt"] for r in todo.values()), s.negative_prompt])
         if tau[0] < 900:
             first = f"{s.num_inference_steps} {s.timestep_spacing} steps start at t = {tau[0]}"
-            print(f"warning: {first}, not near 999; use --timestep-spacing trailing for so few", file=sys.stderr)
+            cli.warn(f"{first}, not near 999; use --timestep-spacing trailing for so few")
         if s.guidance_interval:
             none = "" if any(guided) else "; that is --guidance-scale 1"
             print(f"guidance in {sum(guided)} of {len(guided)} steps{none}")
@@ -216,7 +214,8 @@ def main(s: Settings) -> None:
     with claimed(out, state):
         wanted, common = wanted_images(s, prompts, dtype_name)
         # Images of a longer run before belong to the folder too, if they were made with the same settings.
-        others = {p.name: common | {"seed": s.seed + int(p.stem)} for p in out.glob("[0-9]" * 5 + "*.png") if read_record(p)}
+        numbered = [p for p in out.glob("[0-9]" * 5 + "*.png") if p.stem.isdecimal() and read_record(p)]
+        others = {p.name: common | {"seed": s.seed + int(p.stem)} for p in numbered}
         done = finished_images(out, dict(sorted((others | wanted).items())), s.overwrite)
         todo = {out / file: record for file, record in wanted.items() if file not in done}
         # Every process has to have looked before the first one writes.

@@ -53,7 +53,7 @@ from dipo.models import fitted, load_part, pipeline_class, ready
 from dipo.pairs import make_loader, quiet_data
 from dipo.prompts import read_prompts
 from dipo.results import base_pictures, check_upload, plot_metrics, save_result, upload_result, validate
-from dipo.settings import completed
+from dipo.settings import check_models, completed
 
 
 @dataclass(kw_only=True)
@@ -396,6 +396,7 @@ def release(s: Settings, accelerator: Accelerator, pipe, model, progress: dict, 
 def main(s: Settings) -> None:
     s = complete(s)
     training.check_training(s)
+    check_models(s)
     prompts = list(VALIDATION_PROMPTS)
     if s.validation_prompts:
         prompts = list(read_prompts(s.validation_prompts, flag="validation-prompts")["prompt"][:8])

@@ -26,16 +26,30 @@ class Stopped(Exception):
 
 
 def first_line(e: BaseException) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+    """What an error says, on one line of at most 300 letters, without what addresses hide."""
+    return clean((str(e).strip().splitlines() or [type(e).__name__])[0])[:300]
+
+
+def clean(text: str) -> str:
+    """Text without the passwords and signatures that addresses can hold."""
+    return re.sub(r"(https?://)[^/\s@]*@", r"\1", re.sub(r"(https?://[^\s?]+)\?[^\s,)]*", r"\1", text))
+
+
+def warn(text: str) -> None:
+    """One line on standard error, from the first process of several."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def parse(settings: type, description: str):
-    """The settings dataclass from the command line by tyro; what it says of a bad flag, in a box of several lines, becomes
-    one line. Exit code 2 then."""
+    """The settings dataclass from the command line by tyro, its attribute given the names of the flags there; what tyro says
+    of a bad flag, in a box of several lines, becomes one line. Exit code 2 then."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(settings, description=description)
+            s = tyro.cli(settings, description=description)
+        s.given = {word[2:].partition("=")[0].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+        return s
     except SystemExit:
         if said.getvalue():
             # Without bold type, the frame with its heading, and the help that follows.

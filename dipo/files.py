@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from dipo.cli import UserError, first_line
+from dipo.pictures import UNREADABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 # What diffusers and peft call a LoRA; peft's scale stands beside.
@@ -48,8 +49,8 @@ def lora_and_strength(entry: str) -> tuple[str, float]:
 def lora_names(entries: tuple[str, ...]) -> list[str]:
     """The LoRAs without their strengths, as a fingerprint takes them, with the file that holds peft's scale."""
     names = [lora_and_strength(entry)[0] for entry in entries]
-    beside = [str(Path(n).with_name(ADAPTER_CONFIG)) for n in names if Path(n).name == LORA_FILES[1]]
-    return names + beside
+    beside = {n: str(Path(n).with_name(ADAPTER_CONFIG)) for n in names if n.endswith(".safetensors")}
+    return names + [config for n, config in beside.items() if Path(n).name == LORA_FILES[1] or find_path(config)]
 
 
 def lora_file(folder: Path, name: str) -> Path:
@@ -155,7 +156,7 @@ def read_record(path: Path) -> dict | None:
     try:
         with Image.open(path) as image:
             return json.loads(image.info["dipo"]) if is_whole(path) else None
-    except (OSError, KeyError, ValueError, SyntaxError):
+    except UNREADABLE:
         return None
 
 

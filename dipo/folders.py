@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dipo.cli import UserError, first_line
+from dipo.cli import UserError, first_line, warn
 from dipo.files import find_path, read_record
 from dipo.grids import is_grid
 from dipo.pictures import UNREADABLE, prompt_inside
@@ -39,6 +39,8 @@ def picture_records(name: str, given: list[dict] | None = None, flag: str = "fol
         raise UserError(
             f"--folder-prompts: {len(given)} prompts for the {len(records)} pictures of {name}; give one for each"
         )
+    if given and len(foreign) < len(records):
+        warn(f"--folder-prompts: pictures of {name} that these scripts made keep the prompts inside them")
     known = dict(zip(records, given, strict=False)) if given else metadata_prompts(folder)
     missing = []
     for file in foreign:
@@ -66,20 +68,21 @@ def natural(path: Path) -> list:
 
 def metadata_prompts(folder: Path) -> dict[str, dict]:
     """Prompt and category by file, from the first metadata file in a folder; nothing where there is none."""
-    for path in (folder / f"metadata{kind}" for kind in (".jsonl", ".csv", ".parquet")):
-        try:
-            if path.exists():
-                table = READERS[path.suffix](path)
-                return dict(zip(named_column(table, ("file_name",)), prompt_columns(table).to_dict("records"), strict=True))
-        except Exception as e:
-            reason = "has no column file_name" if isinstance(e, TypeError) else first_line(e)
-            raise UserError(f"{path}: cannot be read: {reason}; each row needs file_name and text") from e
-    return {}
+    paths = (folder / f"metadata{kind}" for kind in (".jsonl", ".csv", ".parquet"))
+    if not (path := next(filter(Path.exists, paths), None)):
+        return {}
+    try:
+        table = READERS[path.suffix](path)
+        if (names := named_column(table, ("file_name",))) is None:
+            raise ValueError("has no column file_name")
+        return dict(zip(names, prompt_columns(table).to_dict("records"), strict=True))
+    except Exception as e:
+        raise UserError(f"{path}: cannot be read: {first_line(e)}; each row needs file_name and text") from e
 
 
 def text_beside(path: Path) -> str:
-    text = path.with_suffix(".txt")
-    return read_text(text) if text.exists() else ""
+    texts = (path.with_suffix(suffix) for suffix in (".txt", ".TXT"))
+    return next((read_text(text) for text in texts if text.exists()), "")
 
 
 def paired(images: pd.DataFrame, a: str, b: str) -> tuple[pd.DataFrame, str]:

@@ -5,7 +5,6 @@ import errno
 import functools
 import io
 import os
-import re
 import shutil
 import sys
 import threading
@@ -22,6 +21,7 @@ from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
 from dipo.checksums import DownloadError, File, count, damage, is_sha256, read_sums, sha256, write_sums
+from dipo.cli import clean, first_line
 
 FILES_AT_A_TIME = 4
 # Seconds before a call that failed for a passing reason is tried again.
@@ -84,7 +84,7 @@ def persist(call, source: Source, stop: threading.Event, transport: bool):
 
 def explain(e: Exception, source: Source) -> DownloadError:
     """What went wrong with a repository, as one line that says what to do."""
-    where, said = f"{source.repo} at {clean(ENDPOINT)}", brief(e)
+    where, said = f"{source.repo} at {clean(ENDPOINT)}", first_line(e)
     number, status = getattr(e, "errno", None), status_of(e)
     if isinstance(e, errors.GatedRepoError):
         return RepositoryError(f"{where}: gated; accept its terms on its page, set HF_TOKEN and run this again")
@@ -107,15 +107,6 @@ def explain(e: Exception, source: Source) -> DownloadError:
     return DownloadError(
         f"{where}: cannot be fetched ({said}); look at the connection and run this again: what has arrived is kept"
     )
-
-
-def brief(e: BaseException) -> str:
-    return clean(" ".join(str(e).split()) or type(e).__name__)[:200]
-
-
-def clean(text: str) -> str:
-    """Text without the passwords and signatures that addresses can hold."""
-    return re.sub(r"(https?://)[^/\s@]*@", r"\1", re.sub(r"(https?://[^\s?]+)\?[^\s,)]*", r"\1", text))
 
 
 def repo_info(source: Source, revision: str, **more):
@@ -244,7 +235,7 @@ def receive(url: str, f: Part, size: int | None) -> None:
         http_get(found.location, f, resume_size=f.tell(), headers=headers, expected_size=size)
     except Exception as e:
         if away and status_of(e) in (401, 403):
-            raise Again(brief(e)) from e
+            raise Again(first_line(e)) from e
         raise
 
 

@@ -12,9 +12,9 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from transformers import AutoProcessor, CLIPModel, CLIPTokenizer
 
-from dipo.cli import UserError, first_line
+from dipo.cli import UserError
 from dipo.files import find_path
-from dipo.models import root_cause
+from dipo.models import reason
 
 # The files that hpsv2.utils.hps_version_map names.
 HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -26,10 +26,10 @@ def loading(flag: str, name: str, *files: str):
     try:
         yield
     except Exception as e:
-        what, reason = " and ".join(files) or "the model", first_line(root_cause(e))[:200]
+        what = f"--{flag} {name}: {' and '.join(files) or 'the model'} cannot be loaded ({reason(e)})"
         raise UserError(
-            f"--{flag} {name}: {what} cannot be loaded ({reason}); fetch it with download_models.py or hf download, or set "
-            f"{flag.replace('-', '_')} at the top of the script to a copy; what is made already is kept"
+            f"{what}; fetch it with download_models.py or hf download, or set {flag.replace('-', '_')} at the top of the "
+            "script to a copy; what is made already is kept"
         ) from e
 
 

@@ -5,23 +5,22 @@ trainers differ in is how they name a layer, its factors A and B, and alpha.
 """
 
 import json
+import math
 import re
-import sys
-from glob import escape
-from math import sqrt
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import snapshot_download
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
-from tqdm import tqdm
 
-from dipo.cli import UserError
-from dipo.files import ADAPTER_CONFIG, LORA_FILES, find_path, lora_and_strength, lora_file
-from dipo.models import reason
+from dipo.cli import UserError, warn
+from dipo.files import ADAPTER_CONFIG, LORA_FILES, lora_and_strength, lora_file
+from dipo.models import load_config, local_path, reason
+from dipo.single_file import FAMILIES, kind_of, tensor_shapes
 
 # Which model of the pipeline a key's beginning means; what begins with none of them is the UNet's.
 MODELS = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder"}
@@ -39,53 +38,76 @@ SPELLINGS |= {"_in_layers_2$": "_conv1", "_out_layers_3$": "_conv2", "_emb_layer
 SPELLINGS |= {"_skip_connection$": "_conv_shortcut", "^middle_block_0_": "mid_block_resnets_0_"}
 SPELLINGS |= {"^middle_block_1_": "mid_block_attentions_0_", "^middle_block_2_": "mid_block_resnets_1_"}
 LYCORIS = {"lokr_": "LoKr", "hada_": "LoHa", "lora_mid": "LoCon with a Tucker core", "oft_": "OFT"}
-# Who reads text embeddings of so many numbers.
-FAMILIES = {768: " (SD 1.5)", 1024: " (SD 2)", 2048: " (SDXL)"}
 
 
-def merge_loras(pipe: DiffusionPipeline, entries: tuple[str, ...], strict: bool = True) -> None:
-    """Add LoRAs, one after the other, to the weights of a pipeline's UNet and text encoders; no adapter is left in it.
+class Lora(NamedTuple):
+    """A LoRA as it was read: what by_layer makes of it, and the scale of each layer that is whole."""
 
-    entries: as --dpo-lora takes them. Raises UserError for what cannot be read, is no LoRA, is for another family of models,
-    or does not fit in all of its layers; without strict, the layers that fit are merged after a warning.
-    """
-    for entry in entries:
-        name, strength = lora_and_strength(entry)
-        tensors, configs = read_lora(name)
-        layers, strange = by_layer(tensors)
-        if kind := other_kind(tensors, layers):
-            raise UserError(f"--dpo-lora {name}: {kind}")
-        for (model, layer), weight in fitting_layers(pipe, name, layers, strange, strict).items():
-            parts = layers[model, layer]
-            merge_layer(weight, parts, scale_of(layer, parts, configs.get(model, {})), strength)
+    name: str
+    strength: float
+    layers: dict[tuple[str, str], dict[str, torch.Tensor]]
+    strange: list[str]
+    scales: dict[tuple[str, str], float]
 
 
-def read_lora(name: str) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
-    """The tensors of a LoRA, and its peft configuration for each model where there is one: in peft's file beside it, or in
-    the header that diffusers writes."""
+def read_loras(s) -> list[Lora]:
+    """The LoRAs of --dpo-lora, read before the models are, so that a bad one shows at once. UserError for that."""
+    if not s.dpo_lora:
+        return []
+    unet = load_config(UNet2DConditionModel, "dpo-unet", s.dpo_unet, s.base_model, "unet")
+    return [read_lora(entry, unet["cross_attention_dim"]) for entry in s.dpo_lora]
+
+
+def read_lora(entry: str, text_width: int) -> Lora:
+    """One LoRA, for a UNet that reads text embeddings of so many numbers. UserError for a file that cannot be read, is no
+    LoRA, or is of another family."""
+    name, strength = lora_and_strength(entry)
     try:
-        path = find_path(name) or on_hub(name)
+        path = local_path(name) or Path(snapshot_download(name, allow_patterns=[*LORA_FILES, ADAPTER_CONFIG]))
         path = lora_file(path, name) if path.is_dir() else path
+        shapes = tensor_shapes(path)
         with safe_open(path, "pt") as f:
-            tensors, header = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
-        if path.name == LORA_FILES[1]:
-            return tensors, dict.fromkeys(MODELS.values(), json.loads(path.with_name(ADAPTER_CONFIG).read_text()))
-        configs = {}
-        for key, value in json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}")).items():
-            configs.setdefault(key.partition(".")[0], {})[key.partition(".")[2]] = value
-        return tensors, configs
+            tensors, header = {key: f.get_tensor(key) for key in shapes}, f.metadata() or {}
+        layers, strange = by_layer(tensors)
+        if kind := other_kind(shapes, layers):
+            raise UserError(f"--dpo-lora {name}: {kind}")
+        check_family(name, layers, text_width)
+        configs = peft_configs(path, header, tensors)
+        scales = {
+            (model, layer): scale_of(layer, parts, configs.get(model, {}))
+            for (model, layer), parts in layers.items()
+            if "down" in parts
+        }
     except UserError:
         raise
     except Exception as e:
         raise UserError(f"--dpo-lora {name}: cannot be read ({reason(e)})") from e
+    return Lora(name, strength, layers, strange, scales)
 
 
-def on_hub(name: str) -> Path:
-    """The local copy of owner/name/file.safetensors, or the folder of that of owner/name, from the hub or its cache."""
-    owner, repository, *inside = name.split("/")
-    file = PurePosixPath(*inside)
-    wanted = [escape(str(file)), escape(str(file.with_name(ADAPTER_CONFIG)))] if inside else [*LORA_FILES, ADAPTER_CONFIG]
-    return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=wanted), file)
+def peft_configs(path: Path, header: dict[str, str], tensors: dict[str, torch.Tensor]) -> dict[str, dict]:
+    """peft's configuration of a file's layers for each model, where there is one: in its file beside, or in the header."""
+    beside = path.with_name(ADAPTER_CONFIG)
+    # peft's own file is nothing without it; one that was renamed has it still, and names no model either.
+    if path.name == LORA_FILES[1] or (beside.exists() and not any(key.startswith(tuple(MODELS)) for key in tensors)):
+        if not isinstance(config := json.loads(beside.read_text(encoding="utf-8")), dict):
+            raise ValueError(f"{ADAPTER_CONFIG} holds no JSON object")
+        return dict.fromkeys(MODELS.values(), config)
+    if any(key.startswith("base_model.model.") for key in tensors):
+        warn(f"{path}: its scale is in peft's {ADAPTER_CONFIG}, which is not beside it; taken as 1")
+    configs = {}
+    for key, value in json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}")).items():
+        model, _, option = key.partition(".")
+        configs.setdefault(model, {})[option] = value
+    return configs
+
+
+def merge_loras(pipe: DiffusionPipeline, loras: list[Lora], strict: bool = True) -> None:
+    """Add LoRAs, one after the other, to the weights of a pipeline's UNet and text encoders; no adapter is left in it.
+    UserError for one that does not fit in all of its layers; without strict, those that fit are merged after a warning."""
+    for lora in loras:
+        for key, weight in fitting_layers(pipe, lora, strict).items():
+            merge_layer(weight, lora.layers[key], lora.scales[key], lora.strength)
 
 
 def by_layer(tensors: dict[str, torch.Tensor]) -> tuple[dict[tuple[str, str], dict[str, torch.Tensor]], list[str]]:
@@ -104,44 +126,49 @@ def by_layer(tensors: dict[str, torch.Tensor]) -> tuple[dict[tuple[str, str], di
     return layers, strange
 
 
-def other_kind(tensors: dict[str, torch.Tensor], layers: dict) -> str:
+def other_kind(shapes: dict[str, list[int]], layers: dict) -> str:
     """What a file is that is no LoRA; empty for a LoRA."""
-    for key in tensors:
+    for key in shapes:
         if kind := next((kind for part, kind in LYCORIS.items() if part in key), ""):
             return f"a LyCORIS file of kind {kind} ({key}), which is not read; LoRA, LoCon and DoRA are"
-    if any({"down", "up"} <= parts.keys() for parts in layers.values()):
+    if any({"down", "up"} & parts.keys() for parts in layers.values()):
         return ""
-    if 1 <= len(tensors) <= 3 and all(tensor.ndim <= 2 for tensor in tensors.values()):
-        return f"a textual inversion or another embedding ({', '.join(tensors)}), no LoRA"
-    if any(key.endswith(("conv_in.weight", "input_blocks.0.0.weight", "token_embedding.weight")) for key in tensors):
-        return "the full weights of a model, no LoRA; give it as --base-model or --dpo-unet"
-    return f"no LoRA; its first key is {next(iter(tensors), 'missing')}"
+    if 1 <= len(shapes) <= 3 and all(len(shape) <= 2 for shape in shapes.values()):
+        return f"a textual inversion or another embedding ({', '.join(shapes)}), no LoRA"
+    return f"no LoRA; it is {kind_of(shapes)}"
 
 
-def fitting_layers(pipe: DiffusionPipeline, name: str, layers: dict, strange: list[str], strict: bool) -> dict:
+def check_family(name: str, layers: dict, text_width: int) -> None:
+    """UserError for a LoRA of a UNet that reads text embeddings of another number than text_width."""
+    for (model, layer), parts in layers.items():
+        cross = model == "unet" and diffusers_name(layer).endswith(("attn2_to_k", "attn2_to_v")) and "down" in parts
+        if cross and (there := parts["down"].shape[1]) != text_width:
+            here = f"{text_width}{FAMILIES.get(text_width, '')}"
+            made = f"made for text embeddings of {there} numbers{FAMILIES.get(there, '')}, but this model's have {here}"
+            raise UserError(f"--dpo-lora {name}: {made}; take both from the same model family")
+
+
+def fitting_layers(pipe: DiffusionPipeline, lora: Lora, strict: bool) -> dict:
     """The weight of each layer that fits, by model and name; UserError or a warning with those that don't."""
     models = {model: getattr(pipe, model, None) for model in MODELS.values()}
-    weights = {m: {} if module is None else weights_by_name(module) for m, module in models.items()}
-    here, fitting, unfit = pipe.unet.config.cross_attention_dim, {}, list(strange)
-    for (model, layer), parts in layers.items():
-        flat = diffusers_name(layer, pipe.unet.config.layers_per_block)
-        down, weight = parts.get("down"), weights[model].get(flat)
-        if model == "unet" and flat.endswith(("attn2_to_k", "attn2_to_v")) and down is not None and down.shape[1] != here:
-            there, families = down.shape[1], [FAMILIES.get(n, "") for n in (down.shape[1], here)]
-            made = f"made for text embeddings of {there} numbers{families[0]}, but this model's have {here}{families[1]}"
-            raise UserError(f"--dpo-lora {name}: {made}; take both from the same model family")
+    weights = {m: weights_by_name(module) for m, module in models.items() if module is not None}
+    fitting, unfit, problems = {}, list(lora.strange), []
+    for (model, layer), parts in lora.layers.items():
+        weight = weights.get(model, {}).get(diffusers_name(layer, pipe.unet.config.layers_per_block))
         if problem := "no such layer" if weight is None else misfit(weight, parts):
             unfit.append(f"{model}.{layer}: {problem}")
         else:
             fitting[model, layer] = weight
-    some = any(model == "unet" for model, _ in fitting)
-    if unfit or not some:
-        what = "" if some else "nothing of it fits the UNet; "
-        what += f"{len(unfit)} of {len(layers) + len(strange)} layers fit nothing here ({'; '.join(unfit[:3])}"
-        what += "; ...)" if len(unfit) > 3 else ")"
-        if strict or not fitting:
-            raise UserError(f"--dpo-lora {name}: {what}" + "; --no-lora-strict merges the others" * bool(fitting))
-        tqdm.write(f"warning: --dpo-lora {name}: {what}; the others are merged", file=sys.stderr)
+    if not any(model == "unet" for model, _ in fitting):
+        problems.append("nothing of it fits the UNet")
+    if unfit:
+        named = "; ".join([*unfit[:3], *["..."] * (len(unfit) > 3)])
+        problems.append(f"{len(unfit)} of {len(lora.layers) + len(lora.strange)} layers fit nothing here ({named})")
+    what = f"--dpo-lora {lora.name}: {'; '.join(problems)}"
+    if problems and (strict or not fitting):
+        raise UserError(f"{what}; --no-lora-strict merges the others" if fitting else what)
+    if problems:
+        warn(f"{what}; the others are merged")
     return fitting
 
 
@@ -169,8 +196,8 @@ def misfit(weight: torch.Tensor, parts: dict[str, torch.Tensor]) -> str:
     if not {"down", "up"} <= parts.keys() or min(parts["down"].ndim, parts["up"].ndim) < 2:
         return f"incomplete, has {' and '.join(parts)}"
     (rank, *inputs), (outputs, *ranks) = parts["down"].shape, parts["up"].shape
-    here, there = f"{len(weight)}x{weight[0].numel()}", f"{outputs}x{torch.Size(inputs).numel()}"
-    if here != there or torch.Size(ranks).numel() != rank:
+    here, there = f"{len(weight)}x{weight[0].numel()}", f"{outputs}x{math.prod(inputs)}"
+    if here != there or math.prod(ranks) != rank:
         return f"for a weight of {there}, here it is {here}"
     if "magnitude" in parts and parts["magnitude"].shape[:2] not in ((len(weight), 1), (1, weight.shape[1])):
         return f"DoRA's magnitude has the shape {list(parts['magnitude'].shape)}"
@@ -178,11 +205,13 @@ def misfit(weight: torch.Tensor, parts: dict[str, torch.Tensor]) -> str:
 
 
 def scale_of(layer: str, parts: dict[str, torch.Tensor], config: dict) -> float:
-    """alpha / rank, or rsLoRA's alpha / sqrt(rank), of one layer; without alpha 1."""
+    """alpha / rank, or rsLoRA's alpha / sqrt(rank), of one layer; without alpha 1. ValueError for one that is no number."""
     rank, patterns = len(parts["down"]), config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha", rank))
     alpha = parts["alpha"].item() if "alpha" in parts else alpha
-    return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"alpha of {layer} is {alpha!r}, no finite number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 @torch.no_grad()

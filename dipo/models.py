@@ -1,36 +1,28 @@
 """Models from a folder, a file or the hub; what their UNet is told of a prompt; pictures from latents."""
 
+import glob
 import re
-import sys
 import warnings
-from dataclasses import fields, replace
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import diffusers
 import huggingface_hub
-import safetensors
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES, infer_diffusers_model_type
 from huggingface_hub import errors
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from dipo.cli import UserError, first_line
-from dipo.files import ROOT, find_path, fingerprint, lora_names
+from dipo import single_file
+from dipo.cli import UserError, first_line, warn
+from dipo.files import ADAPTER_CONFIG, find_path, fingerprint, lora_names
 
 # The pipelines that are sampled and trained, with what is left out of them: SDXL; SD 1.5, 2.0 and 2.1.
 PIPELINES = {"StableDiffusionXLPipeline": {"add_watermarker": False}}
 PIPELINES["StableDiffusionPipeline"] = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
-# A single file's kind by diffusers, its configuration in assets/configs, and what its tokenizers fill up with.
-SINGLE_FILES = {
-    "xl_base": ("sdxl", {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}),
-    "v1": ("sd15", {"tokenizer": "<|endoftext|>"}),
-    "v2": ("sd21", {"tokenizer": "!"}),
-}
 
 
 def load_part(cls, flag: str, name: str, subfolder: str, dtype: torch.dtype | None = None, config_of: str = "", **more):
@@ -40,21 +32,31 @@ def load_part(cls, flag: str, name: str, subfolder: str, dtype: torch.dtype | No
     fp16) those that fit dtype are preferred; pickles are read as weights only. config_of: the base model whose configuration
     a file has that holds a part alone. Raises UserError when nothing usable is found.
     """
+    options = PIPELINES.get(cls.__name__, {}) | more
     try:
         path = local_path(name)
         if path and path.is_file():
-            return load_file(cls, path, subfolder, dtype, config_of, **more)
-        return load_folder(cls, path, name, subfolder, dtype, **more)
+            base = config_of and (local_path(config_of) or config_of)
+            return single_file.load(cls, path, subfolder, dtype, base, **options)
+        loaded = load_folder(cls, path, name, subfolder, dtype, **options)
+        if not dtype and not isinstance(loaded, dict):
+            raise ValueError("its configuration is no JSON object")
+        return loaded
     except Exception as e:
-        raise UserError(f"--{flag} {name}: cannot be loaded ({reason(e)}); use download_models.py, or try --demo") from e
+        advice = "" if find_path(name) else "; use download_models.py, or try --demo"
+        raise UserError(f"--{flag} {name}: cannot be loaded ({reason(e)}){advice}") from e
 
 
 def local_path(name: str) -> Path | None:
     """Where a model lies on this machine: its folder or file, a single file of a repository (owner/name/file.safetensors)
     once it is fetched, and with HF_HUB_OFFLINE what the hub's cache has of a repository. None for one on the hub."""
     path = find_path(name)
-    if path is None and (file := re.fullmatch(r"([^/]+/[^/]+)/(.+\.safetensors)", name)):
-        return Path(huggingface_hub.hf_hub_download(*file.groups()))
+    if path is None and (found := re.fullmatch(r"([^/]+/[^/]+)/(.+\.safetensors)", name)):
+        repository, file = found.groups()
+        wanted = [file, *(str(PurePosixPath(file).with_name(beside)) for beside in ("config.json", ADAPTER_CONFIG))]
+        path = Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*map(glob.escape, wanted)]), file)
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {file} in {repository}, or it is not in the hub's cache")
     if path is None and HF_HUB_OFFLINE:
         # diffusers asks the hub for the list of a sharded model's files even so.
         return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
@@ -71,73 +73,33 @@ def load_folder(cls, path: Path | None, name: str, subfolder: str, dtype: torch.
         attempts = [(variant, inner) for variant in (variants if half_files else [None])]
     else:
         attempts = [(variant, inner) for inner in dict.fromkeys([subfolder, ""]) for variant in variants]
-    options = {"torch_dtype": dtype} | PIPELINES.get(cls.__name__, {}) | more
     for variant, inner in attempts:
         inside = {"subfolder": inner} if inner else {}
         try:
-            return loader(str(path or name), variant=variant, **options, **inside)
+            return loader(str(path or name), variant=variant, torch_dtype=dtype, **more, **inside)
         except Exception as e:
             error, cause = e, root_cause(e)
             if not isinstance(cause, errors.EntryNotFoundError) and cause is not e:
                 break
             if not path and isinstance(cause, errors.LocalEntryNotFoundError):
                 # The hub was out of reach; whether the cache has another layout takes no further waiting.
-                options["local_files_only"] = True
+                more["local_files_only"] = True
+    for file in (path / inner).rglob("*.safetensors") if path else ():
+        single_file.tensor_shapes(file)  # which says of a damaged one what it is
     raise error
-
-
-def load_file(cls, path: Path, subfolder: str, dtype: torch.dtype | None, config_of: str, **more):
-    """load_part from one .safetensors file in the original layout or, of a part alone, in that of diffusers."""
-    base = local_path(config_of) if config_of else path
-    folder, pads = config_folder(base) if base and base.is_file() else (base or config_of, {})
-    inside = {"subfolder": subfolder} if subfolder else {}
-    if dtype is None:
-        return cls.load_config(str(folder), **inside) | (scheduler_marks(path) if subfolder == "scheduler" else {})
-    if not subfolder:
-        vocabulary = ROOT / "assets/configs/tokenizer"
-        more |= PIPELINES[cls.__name__]
-        more |= {part: transformers.CLIPTokenizer.from_pretrained(vocabulary, pad_token=pad) for part, pad in pads.items()}
-        more["scheduler"] = DDIMScheduler.from_config(load_file(DDIMScheduler, path, "scheduler", None, config_of))
-    return cls.from_single_file(str(path), config=str(folder), torch_dtype=dtype, **inside, **more)
-
-
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """The shapes of a .safetensors file's tensors by their names, from its header."""
-    with safetensors.safe_open(path, "pt") as f:
-        return {key: f.get_slice(key).get_shape() for key in f.keys()}  # noqa: SIM118
-
-
-def config_folder(path: Path) -> tuple[Path, dict[str, str]]:
-    """Where the configuration of a single file is: beside it, or in assets/configs, then with the tokenizers that are to be
-    added and what they fill up with. ValueError for a file of another kind."""
-    if (path.parent / "model_index.json").exists():
-        return path.parent, {}
-    shapes = {key: SimpleNamespace(shape=shape) for key, shape in tensor_shapes(path).items()}
-    kind = infer_diffusers_model_type(shapes)
-    # What diffusers does not know it takes for v1.
-    if kind not in SINGLE_FILES or CHECKPOINT_KEY_NAMES[kind] not in shapes:
-        raise ValueError("no checkpoint of SDXL, SD 1.5 or SD 2 in the original layout")
-    name, pads = SINGLE_FILES[kind]
-    return ROOT / "assets/configs" / name, pads
-
-
-def scheduler_marks(path: Path) -> dict:
-    """What the empty tensors v_pred and ztsnr say of a single file (AUTOMATIC1111 and ComfyUI know them too): it predicts v,
-    and was trained with a last timestep of noise alone, from which sampling then has to start."""
-    names, marks = tensor_shapes(path), {}
-    if "v_pred" in names:
-        marks["prediction_type"] = "v_prediction"
-    if "ztsnr" in names:
-        marks |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return marks
 
 
 def pipeline_class(name: str):
     """The class of the base model's pipeline: StableDiffusionXLPipeline, or StableDiffusionPipeline for SD 1.5, 2.0 and 2.1.
     UserError for another one."""
-    kind = load_part(DiffusionPipeline, "base-model", name, "").get("_class_name")
+    index, path = load_part(DiffusionPipeline, "base-model", name, ""), find_path(name)
+    kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise UserError(f"--base-model {name}: holds a {kind}; use a base model of SDXL, SD 1.5 or SD 2.1")
+    for part in (part for part in index if part.startswith("tokenizer") and path and path.is_dir()):
+        # transformers makes an empty one of a folder without these files.
+        if not any((path / part / file).exists() for file in ("vocab.json", "tokenizer.json")):
+            raise UserError(f"--base-model {name}: has no vocabulary in {part}/; fetch the folder again")
     return getattr(diffusers, kind)
 
 
@@ -145,9 +107,8 @@ def fitted(s):
     """The settings with what follows from the base model: its own timestep spacing for auto, and its own VAE where the
     default is SDXL's and it is of another family. Raises UserError for a base model that cannot be sampled here."""
     quiet_libraries()
-    vae = next(f.default for f in fields(s) if f.name == "vae")
-    if s.vae == vae and pipeline_class(s.base_model) is not StableDiffusionXLPipeline:
-        s = replace(s, vae="")
+    s = replace(s, vae=fitting_vae(s, pipeline_class(s.base_model)))
+    check_family(s)
     scheduler = load_part(DDIMScheduler, "base-model", s.base_model, "scheduler")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
@@ -159,14 +120,58 @@ def fitted(s):
     return s
 
 
+def fitting_vae(s, pipeline: type) -> str:
+    """--vae, or "" for the base model's own where the default is of another family. UserError for another one that is."""
+    is_other = s.vae == type(s).vae and pipeline is not StableDiffusionXLPipeline
+    try:
+        # What diffusers takes for it where an old file does not say.
+        scale = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae").get("scaling_factor", 0.18215)
+    except UserError:
+        if is_other:
+            return ""
+        raise
+    own = own_config(AutoencoderKL, s.base_model, "vae")
+    wanted = own.get("scaling_factor", 0.18215 if own or is_other else scale)
+    if scale != wanted and not is_other:
+        raise UserError(
+            f"--vae {s.vae}: scales latents by {scale:g}, but --base-model {s.base_model} by {wanted:g}; take both from the "
+            "same model family, or --vae= for the base model's own"
+        )
+    return s.vae if scale == wanted else ""
+
+
+def own_config(cls, base_model: str, subfolder: str) -> dict:
+    """The configuration of a base model's own part; empty where it lacks that, as it may beside another."""
+    try:
+        return load_part(cls, "base-model", base_model, subfolder)
+    except UserError:
+        return {}
+
+
+def check_family(s) -> None:
+    """UserError for a UNet of another family than the base model, or of other latents than the VAE."""
+    flag = "dpo-unet" if hasattr(s, "dpo_unet") else "init-unet"
+    name = getattr(s, flag.replace("-", "_"))
+    unet = load_config(UNet2DConditionModel, flag, name, s.base_model, "unet")
+    there = unet.get("cross_attention_dim")
+    here = own_config(UNet2DConditionModel, s.base_model, "unet").get("cross_attention_dim", there)
+    if there != here:
+        made = f"made for text embeddings of {there} numbers, but --base-model {s.base_model} gives {here}"
+        raise UserError(f"--{flag} {name}: {made}; take both from the same model family")
+    channels = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")["latent_channels"]
+    if unet["in_channels"] != channels:
+        raise UserError(f"{name or s.base_model}: its UNet takes {unet['in_channels']} channels, the VAE has {channels}")
+
+
 def reason(e: BaseException) -> str:
     """Why a model could not be had, in a few words."""
     reasons = {
         errors.LocalEntryNotFoundError: "no folder, not in the hub's cache, and the hub is out of reach",
         errors.GatedRepoError: "gated: accept its terms on the hub and set HF_TOKEN",
         errors.RepositoryNotFoundError: "neither a folder nor a model on the hub that this user may read",
+        NotImplementedError: "some of its tensors are missing",  # what torch says of those without data
     }
-    return next((text for kind, text in reasons.items() if isinstance(root_cause(e), kind)), first_line(e)[:200])
+    return next((text for kind, text in reasons.items() if isinstance(root_cause(e), kind)), first_line(e))
 
 
 def root_cause(e: BaseException) -> BaseException:
@@ -193,18 +198,11 @@ def ready(pipe: DiffusionPipeline, s, device: torch.device, less: str = "--dtype
     """The pipeline on the device, its VAE in float32 where fp16 is too narrow for it.
 
     s: the settings that named its parts. less: a flag that takes less memory. Raises UserError for a pipeline without one of
-    its text encoders, parts of different families, or too little memory.
+    its text encoders, or too little memory.
     """
     encoders = [part for part in pipe.components if part.startswith("text_encoder")]
     if any(getattr(pipe, part) is None for part in encoders):
         raise UserError(f"--base-model {s.base_model}: lacks one of its {len(encoders)} text encoders; use a base model")
-    wanted = sum(getattr(pipe, part).config.hidden_size for part in encoders)
-    if pipe.unet.config.cross_attention_dim != wanted:
-        name = getattr(s, "dpo_unet", "") or s.base_model
-        raise UserError(
-            f"--dpo-unet {name}: made for text embeddings of {pipe.unet.config.cross_attention_dim} numbers, "
-            f"but --base-model {s.base_model} gives {wanted}; take both from the same model family"
-        )
     # What an earlier pipeline left: one that was compiled is in a circle with what was compiled.
     clear_device_cache(garbage_collection=True)
     try:
@@ -227,14 +225,9 @@ def load_config(cls, flag: str, name: str, base_model: str, subfolder: str) -> d
 
 
 def image_size(s) -> tuple[int, int]:
-    """Height and width in pixels, from the models' configurations alone; UserError unless both fit the VAE's factor, and
-    for a UNet of other latents."""
-    pipeline_class(s.base_model)
+    """Height and width in pixels, from the models' configurations alone; UserError unless both fit the VAE's factor."""
     vae = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")
     unet = load_config(UNet2DConditionModel, "dpo-unet", s.dpo_unet, s.base_model, "unet")
-    if unet["in_channels"] != vae["latent_channels"]:
-        name = s.dpo_unet or s.base_model
-        raise UserError(f"{name}: its UNet takes {unet['in_channels']} channels, the VAE has {vae['latent_channels']}")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     default = unet["sample_size"] * factor
     height = default if s.height is None else s.height
@@ -264,7 +257,7 @@ def warn_of_long_prompts(pipe: DiffusionPipeline, prompts: list[str]) -> None:
         if len(ids) > room:
             cut = tokenizer.decode(ids[room:]).strip()
             start = prompt if len(prompt) <= 40 else prompt[:40] + "..."
-            print(f"warning: {start!r} has {len(ids) + 2} tokens, {room + 2} are read; cut off: {cut!r}", file=sys.stderr)
+            warn(f"{start!r} has {len(ids) + 2} tokens, {room + 2} are read; cut off: {cut!r}")
 
 
 class Text(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 # What Pillow raises for files that are no whole picture.
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, KeyError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, KeyError, RuntimeError, Image.DecompressionBombError)
 
 
 def open_picture(source: Path | bytes) -> Image.Image:
@@ -21,6 +21,8 @@ def open_picture(source: Path | bytes) -> Image.Image:
             values = np.asarray(image)
             if image.mode == "F" or values.min() < 0 or values.max() > 65535:
                 raise ValueError(f"its values, {values.min():g} to {values.max():g}, are not of 8 or 16 bits")
+            if (clear := image.info.get("transparency")) is not None:
+                values = np.where(values == clear, 65535, values)
             return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")

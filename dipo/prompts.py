@@ -1,6 +1,7 @@
 """Prompts from files, folders and known data sets."""
 
 import csv
+import functools
 import io
 import json
 import textwrap
@@ -10,12 +11,13 @@ from pathlib import Path
 import pandas as pd
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from dipo.cli import UserError, first_line
+from dipo.cli import UserError, first_line, warn
 from dipo.files import find_path
 
 KINDS = "give a .txt, .csv, .tsv, .json, .jsonl or .parquet, a folder of such files, parti, pickapic or hpdv2"
 # What columns may be called. Of several the first in this order is read.
 PROMPT, CATEGORY = ("prompt", "prompts", "caption", "captions", "text"), ("category", "categories")
+NAMES = f"{', '.join(PROMPT[:-1])} or {PROMPT[-1]}"
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -33,8 +35,7 @@ def read_prompts(source: str, parti: str = "", pickapic: str = "", flag: str = "
         reason = "the hub is out of reach, and its cache has no copy; go online, or give a file of prompts"
         raise UserError(f"--{flag} {source}: cannot be read: {reason}") from e
     except Exception as e:
-        reason = textwrap.shorten(first_line(e), 300, placeholder=" ...")
-        raise UserError(f"--{flag} {source}: cannot be read: {reason}") from e
+        raise UserError(f"--{flag} {source}: cannot be read: {first_line(e)}") from e
     if table is None:
         raise UserError(
             f"--{flag} {source}: {'of no known kind' if find_path(source) else 'no such file or folder'}; {KINDS}"
@@ -59,18 +60,19 @@ def source_table(source: str, parti: str, pickapic: str) -> pd.DataFrame | None:
 
         return json_table(hpsv2.benchmark_prompts("all"))
     if path and path.is_dir():
-        return folder_table(sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in READERS))
+        files = sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in READERS and f.is_file())
+        return together((f.stem, f.name, READERS[f.suffix.lower()], f) for f in files)
     return prompt_columns(READERS[path.suffix.lower()](path)) if path and path.suffix.lower() in READERS else None
 
 
-def folder_table(files: list[Path]) -> pd.DataFrame:
-    """The prompts of several files, whose names are the categories of those without. ValueError names the file."""
+def together(parts) -> pd.DataFrame:
+    """One table of parts (category, name, reader, source), the category for rows without. ValueError names the part."""
     tables = [pd.DataFrame(columns=["prompt", "category"])]
-    for file in files:
+    for category, name, read, source in parts:
         try:
-            tables.append(prompt_columns(READERS[file.suffix.lower()](file), file.stem))
+            tables.append(prompt_columns(read(source), category))
         except Exception as e:
-            raise ValueError(f"{file.name}: {first_line(e)}") from e
+            raise ValueError(f"{name}: {first_line(e)}") from e
     return pd.concat(tables)
 
 
@@ -78,8 +80,7 @@ def prompt_columns(table: pd.DataFrame, category: str = "") -> pd.DataFrame:
     """A table's prompts and categories, each on one line; category where a row has none. ValueError for no such column."""
     prompts, categories = named_column(table, PROMPT), named_column(table, CATEGORY)
     if prompts is None:
-        columns = textwrap.shorten(", ".join(map(str, table.columns)), 120, placeholder=" ...")
-        raise ValueError(f"has no column {', '.join(PROMPT[:-1])} or {PROMPT[-1]}; its columns are {columns}")
+        raise ValueError(f"has no column {NAMES}; its columns are {listed(table.columns)}")
     table = pd.DataFrame({"prompt": prompts, "category": categories}).astype(object)
     if not table["prompt"].map(pd.api.types.is_scalar).all():
         raise ValueError(f"the column {prompts.name} holds more than one text in a row; give a row to each prompt")
@@ -88,9 +89,15 @@ def prompt_columns(table: pd.DataFrame, category: str = "") -> pd.DataFrame:
 
 
 def named_column(table: pd.DataFrame, names: tuple[str, ...]) -> pd.Series | None:
-    """The column of the first of these names that is there, in any case and with blanks around it."""
-    columns = [str(c).strip().lower() for c in table.columns]
-    return next((table.iloc[:, columns.index(name)] for name in names if name in columns), None)
+    """The column of the first of these names that is there, in any case and with blanks around it; where a row has nothing,
+    that of the next one."""
+    columns = plain(table.columns)
+    found = [table.iloc[:, columns.index(name)] for name in names if name in columns]
+    return functools.reduce(lambda a, b: a.where(a.notna(), b), found) if found else None
+
+
+def plain(names) -> list[str]:
+    return [str(name).strip().lower() for name in names]
 
 
 def pickapic_captions(name: str) -> list[str]:
@@ -132,8 +139,11 @@ def read_text(path: Path) -> str:
             text = data.decode(encoding)
         except UnicodeDecodeError:
             continue
-        if encoding != "cp1252" or "\0" not in text:
-            return text
+        if encoding == "cp1252" and "\0" in text:
+            break
+        if encoding == "cp1252":
+            warn(f"{path} is not in UTF-8 and was read as cp1252; save it as UTF-8 if letters come out wrong")
+        return text
     raise ValueError("no text in UTF-8, UTF-16 or cp1252")
 
 
@@ -150,42 +160,72 @@ def read_csv(path: Path) -> pd.DataFrame:
     separator = max(SEPARATORS, key=lambda s: (known[s], len(cells[s])))
     # Under a header of one cell the lines are whole, whatever they hold.
     options = {"sep": separator if len(cells[separator]) > 1 else "\x1f", "skipinitialspace": True}
+    too_wide = f"a row has more cells than the header; put quotes around prompts with {SEPARATORS[separator]}"
     try:
         table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, **options)
-        reason = "" if isinstance(table.index, pd.RangeIndex) else "fields in line"
     except pd.errors.EmptyDataError:
         return pd.DataFrame({"prompt": []})
     except pd.errors.ParserError as e:
-        reason = str(e)
-    if "fields in line" in reason:
-        raise ValueError(f"a row has more cells than the header; put quotes around prompts with {SEPARATORS[separator]}")
-    if reason:
-        raise ValueError("a quote is opened and never closed")
+        raise ValueError(too_wide if "fields in line" in str(e) else "a quote is opened and never closed") from e
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError(too_wide)
+    if n := int(table.map(lambda cell: "\n" in cell).any(axis=1).sum()):
+        warn(f"{path}: {n} of {len(table)} rows go over several lines; look for a quote that is opened and not closed")
     return table
 
 
 def read_json(path: Path) -> pd.DataFrame:
-    return json_table(json.loads(read_text(path)))
-
-
-def read_json_lines(path: Path) -> pd.DataFrame:
-    return json_table([json.loads(line) for line in read_text(path).split("\n") if line.strip()])
+    """A file with one JSON value, or with one on each line."""
+    text = read_text(path)
+    try:
+        return json_table(json.loads(text) if text.strip() else [])
+    except json.JSONDecodeError as e:
+        if e.msg != "Extra data":
+            raise
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as e:
+            raise ValueError(f"line {number}: {e.msg} at column {e.colno}") from e
+    return json_table(rows)
 
 
 def json_table(data) -> pd.DataFrame:
-    """A list of texts or of objects, an object of columns, or one whose keys are categories. ValueError for all else."""
-    if isinstance(data, list) and all(isinstance(x, str) for x in data):
-        return pd.DataFrame({"prompt": data})
-    if isinstance(data, list) and all(isinstance(x, dict) for x in data):
-        return pd.DataFrame(data)
-    if isinstance(data, dict) and named_column(pd.DataFrame(columns=list(data)), PROMPT) is not None:
-        return pd.DataFrame(data)
-    if isinstance(data, dict) and data and all(isinstance(x, list) for x in data.values()):
-        return pd.concat([prompt_columns(json_table(x), category) for category, x in data.items()])
-    found = f"an object with {', '.join(data)}" if isinstance(data, dict) else f"a JSON {type(data).__name__}"
+    """A list of texts and objects, an object of columns, or one whose keys are categories. ValueError for all else."""
+    if isinstance(data, list) and all(isinstance(x, str | dict | None) for x in data):
+        rows = [x if isinstance(x, dict) else {"prompt": x} for x in data]
+        if strange := next((row for row in rows if not {*PROMPT} & {*plain(row)}), None):
+            raise ValueError(f"an object has no {NAMES}, but {listed(strange)}")
+        # As objects: numbers with a gap among them would become fractions.
+        return pd.DataFrame(rows, columns=None if rows else ["prompt"], dtype=object)
+    if isinstance(data, dict) and {*PROMPT} & {*plain(data)}:
+        return json_columns(data)
+    if isinstance(data, dict) and all(isinstance(x, list) for x in data.values()):
+        return together((key, key, json_table, x) for key, x in data.items())
+    kinds = {type(x).__name__ for x in data} if isinstance(data, list) else ()
+    found = f"a JSON {type(data).__name__}" + (f" of {listed(sorted(kinds))}" if kinds else "")
+    if isinstance(data, dict):
+        found = f"an object with {listed(data)}"
     wanted = "a list of prompts or of objects with a prompt, or an object of lists, its keys the categories"
-    raise ValueError(f"holds {textwrap.shorten(found, 120, placeholder=' ...')}; give {wanted}")
+    raise ValueError(f"holds {found}; give {wanted}")
+
+
+def json_columns(data: dict) -> pd.DataFrame:
+    """An object with one prompt, or with a list of them and other columns, if any. ValueError where it may as well be an
+    object of categories."""
+    key = next(k for name in PROMPT for k in data if plain([k]) == [name])
+    if isinstance(data[key], list) and any(isinstance(x, dict) for x in data[key]):
+        return json_table(data[key])
+    others = [k for k, x in data.items() if isinstance(x, list) and not {*PROMPT, *CATEGORY} & {*plain([k])}]
+    if plain([key]) == ["text"] and any(isinstance(x, str) for k in others for x in data[k]):
+        raise ValueError(f"{key} may be a column or a category, as {others[0]} is; call it prompt, or something else")
+    return pd.DataFrame(data if any(isinstance(x, list | dict) for x in data.values()) else [data], dtype=object)
+
+
+def listed(names) -> str:
+    return textwrap.shorten(", ".join(map(str, names)), 120, placeholder=" ...") or "nothing"
 
 
 READERS = {".txt": read_lines, ".csv": read_csv, ".tsv": read_csv, ".parquet": pd.read_parquet}
-READERS |= {".json": read_json, ".jsonl": read_json_lines}
+READERS |= {".json": read_json, ".jsonl": read_json}

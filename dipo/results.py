@@ -16,11 +16,11 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
 
-from dipo.cli import UserError
+from dipo.cli import UserError, clean, first_line
 from dipo.devices import DTYPES
 from dipo.files import find_path, write_text, written_whole
 from dipo.grids import save_grids
-from dipo.hub import brief, clean
+from dipo.hub import status_of
 from dipo.models import decode
 from dipo.training import autocast, picture_size, result_flags
 
@@ -120,7 +120,8 @@ def model_card(s, summary: dict) -> str:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["diffusion-dpo", "dipo"] + (["lora"] if s.lora_rank else []),
-        base_model=s.base_model if find_path(s.base_model) is None else None,
+        # Of a file on the hub, its repository.
+        base_model="/".join(s.base_model.split("/")[:2]) if find_path(s.base_model) is None else None,
         datasets=[s.dataset] if find_path(s.dataset) is None else None,
     )
     rows = "\n".join(f"| {k} | {v} |" for k, v in (asdict(s) | summary).items())
@@ -148,9 +149,11 @@ def check_upload(name: str) -> None:
     try:
         me = huggingface_hub.whoami()
     except Exception as e:
-        raise UserError(
-            f"{flag}: {clean(huggingface_hub.constants.ENDPOINT)} does not take the token ({brief(e)}); look at HF_TOKEN"
-        ) from e
+        hub, what = clean(huggingface_hub.constants.ENDPOINT), "cannot be asked about the token"
+        todo = "look at the connection, or leave the upload for later"
+        if status_of(e) in (401, 403):
+            what, todo = "does not take the token", "look at HF_TOKEN"
+        raise UserError(f"{flag}: {hub} {what} ({first_line(e)}); {todo}") from e
     role = me.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise UserError(
@@ -174,7 +177,7 @@ def upload_result(s, out: Path, step: int) -> None:
     except Exception as e:
         command = ["hf", "upload", s.push_to_hub, str(out), ".", "--private", *(f"--include={x}" for x in files)]
         raise UserError(
-            f"--push-to-hub {s.push_to_hub}: not uploaded ({brief(e)}); the result is kept in {out}, upload it with "
+            f"--push-to-hub {s.push_to_hub}: not uploaded ({first_line(e)}); the result is kept in {out}, upload it with "
             f"{shlex.join(command)}"
         ) from e
     print(f"{out}: uploaded to {url}")

@@ -57,11 +57,13 @@ class Scores:
         return self.judges
 
     def table(self) -> pd.DataFrame:
-        """All that the file holds, with every column; empty where there is no such file."""
+        """All that the file holds, with every column; empty where there is no such file. UserError for another's file."""
         try:
             table = pd.read_csv(self.folder / "scores.csv", dtype=str, keep_default_na=False)
         except (OSError, ValueError):
             table = pd.DataFrame()
+        if len(table) and not {"file", "image", "scored_by"} <= {*table.columns}:
+            raise UserError(f"{self.folder / 'scores.csv'}: not of these scripts, and would be lost; move it away")
         table = table.reindex(columns=[*table.columns, *(c for c in self.columns if c not in table)], fill_value="")
         for name in self.names:
             table[name] = pd.to_numeric(table[name], errors="coerce")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from dipo.cli import UserError
+from dipo.cli import UserError, warn
 from dipo.devices import check_device
 from dipo.files import find_path, lora_and_strength, lora_file
 from dipo.grids import caption_font
@@ -117,10 +117,12 @@ class StudySettings(SamplingSettings, JudgePaths):
 
 
 def completed(s, demo: dict):
-    """The settings with what follows from others: a LoRA alone goes on the base model's own UNet; --demo sets DEMO_PATHS
-    and the script's own demo wherever the default was left."""
-    default = {f.name: f.default for f in fields(s)}
-    if getattr(s, "dpo_lora", ()) and s.dpo_unet == default["dpo_unet"]:
+    """The settings with what follows from others: a LoRA alone goes on the base model's own UNet, which is said; --demo sets
+    DEMO_PATHS and the script's own demo wherever the default was left."""
+    default, given = {f.name: f.default for f in fields(s)}, getattr(s, "given", ())
+    if getattr(s, "dpo_lora", ()) and s.dpo_unet == default["dpo_unet"] and "dpo_unet" not in given:
+        if s.dpo_unet and not s.demo:
+            warn(f"--dpo-lora goes on the base model's own UNet; --dpo-unet {s.dpo_unet} beside it would put it on that one")
         s = replace(s, dpo_unet="")
     if not s.demo:
         return s
@@ -141,9 +143,7 @@ def check_sampling(s: SamplingSettings) -> None:
         raise UserError(f"--seed {s.seed}: use 0 to 2**62 - 1")
     caption_font(192, s.font)
     check_device(s.device)
-    check_model_path("base-model", s.base_model, "model_index.json")
-    check_model_path("dpo-unet", s.dpo_unet, "config.json")
-    check_model_path("vae", s.vae, "config.json")
+    check_models(s)
     for lora in s.dpo_lora:
         check_lora(lora)
 
@@ -174,18 +174,18 @@ def check_different(flag: str, *values: float) -> None:
         raise UserError(f"--{flag} {' '.join(map(str, values))}: give one or more, and none twice")
 
 
-def check_model_path(flag: str, name: str, index_file: str) -> None:
-    """Raise UserError unless name is a .safetensors file or a model folder (it or its subfolder of the kind holds
-    index_file), could be a hub name such as "owner/name" or a file there, or is empty where the base model's own part can
-    stand in."""
-    path = find_path(name)
-    if path and path.suffix != ".safetensors":
-        if not any((path / sub / index_file).exists() for sub in ("", "unet", "vae")):
-            raise UserError(
-                f"--{flag} {name}: neither a .safetensors file nor a model folder of diffusers with {index_file}"
-            )
-    elif not path and (name or flag == "base-model") and not re.fullmatch(HUB_NAME, name):
-        raise UserError(f"--{flag} {name!r}: no such folder; give a folder, run download_models.py, or try --demo")
+def check_models(s) -> None:
+    """Raise UserError unless base model, UNet and VAE are each a .safetensors file or a model folder (it or its subfolder of
+    the kind holds an index), could be a hub name such as "owner/name" or a file there, or are empty where the base model's
+    own part can stand in."""
+    for flag in ("base-model", "dpo-unet", "init-unet", "vae"):
+        name = getattr(s, flag.replace("-", "_"), "")
+        index, path = "model_index.json" if flag == "base-model" else "config.json", find_path(name)
+        if path and path.suffix != ".safetensors":
+            if not any((path / sub / index).exists() for sub in ("", "unet", "vae")):
+                raise UserError(f"--{flag} {name}: neither a .safetensors file nor a model folder of diffusers with {index}")
+        elif not path and (name or flag == "base-model") and not re.fullmatch(HUB_NAME, name):
+            raise UserError(f"--{flag} {name!r}: no such folder; give a folder, run download_models.py, or try --demo")
 
 
 def check_lora(entry: str) -> None:

@@ -359,8 +359,18 @@ def test_another_revisions_files_go(download, hub, tmp_path):
     assert not (tmp_path / "models/clip/pytorch_model.bin").exists()
 
 
+@pytest.mark.parametrize(
+    ("there", "vae"), [(("sd15", "vae"), False), (("base-model", "sd15", "vae"), True), (("vae",), True)]
+)
+def test_sdxls_vae_is_not_recommended_for_sd15(monkeypatch, capsys, there, vae):
+    monkeypatch.setattr(checksums, "read_sums", lambda _: {name: {} for name in there})
+    dm.print_use(Path("models"), "pickapic")
+    said = capsys.readouterr().out
+    assert ("--vae" in said) == vae and ("/sd15" in said) == ("base-model" not in there and "sd15" in there)
+
+
 def test_no_secrets_in_messages():
-    said = dipo_hub.brief(OSError("at https://me:secret@host:9/a?X-Signature=abc&b=c, and http://x@y/z (gone)"))
+    said = cli.first_line(OSError("at https://me:secret@host:9/a?X-Signature=abc&b=c, and http://x@y/z (gone)"))
     assert said == "at https://host:9/a, and http://y/z (gone)"
 
 

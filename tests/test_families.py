@@ -3,6 +3,7 @@ latents are those of diffusers' own pipelines."""
 
 import json
 import shutil
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -14,7 +15,8 @@ from helpers import PROMPTS, SAMPLERS, demo_settings, latents, load, script
 from original import original_vae, save_original, small_pipeline
 from safetensors.torch import load_file, save_file
 
-from dipo.models import fitted
+from dipo.cli import UserError
+from dipo.models import fitted, load_part
 from dipo.timesteps import ddim_timesteps
 
 KINDS = {
@@ -141,12 +143,12 @@ def test_a_single_file_of_each_kind(folders, kind, tmp_path, monkeypatch):
         shutil.rmtree(configs / family / part, ignore_errors=True)
     if family == "sdxl":
         shutil.copy(ROOT / "assets/configs/sdxl/scheduler/scheduler_config.json", configs / "sdxl/scheduler")
-    import dipo.models
+    from dipo import single_file
 
-    monkeypatch.setattr(dipo.models, "ROOT", tmp_path)
+    monkeypatch.setattr(single_file, "ROOT", tmp_path)
     kinds = {"sdxl": "xl_base", "sd15": "v1", "sd21": "v2"}
-    monkeypatch.setattr(dipo.models, "infer_diffusers_model_type", lambda shapes: kinds[family])
-    monkeypatch.setitem(dipo.models.CHECKPOINT_KEY_NAMES, kinds[family], "model.diffusion_model.out.0.weight")
+    monkeypatch.setattr(single_file, "infer_diffusers_model_type", lambda shapes: kinds[family])
+    monkeypatch.setitem(single_file.CHECKPOINT_KEY_NAMES, kinds[family], "model.diffusion_model.out.0.weight")
     assert torch.equal(ours(path, 10), ours(folders[kind], 10))
 
 
@@ -285,8 +287,34 @@ def test_what_does_not_fit_is_said_before_a_model_is_loaded(folders, tmp_path, r
     config = inpainting / "unet/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    save_file({"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    save_file({"a.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    cross = {"conv_in.weight": torch.zeros(1), "attn2.to_k.weight": torch.zeros(8, 2048)}
+    save_file(cross, tmp_path / "unet.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "lfs.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    for name in ("list", "words", "cut"):
+        shutil.copytree(base, tmp_path / name)
+    (tmp_path / "list/model_index.json").write_text("[]")
+    shutil.rmtree(tmp_path / "words/tokenizer")
+    (tmp_path / "cut/unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+
+    def at(name):
+        return tmp_path / f"{name}.safetensors"
+
     cases = [
+        (("--base-model", base, "--dpo-unet", at("vae")), "(holds no UNet; it is a VAE; give it as --vae)"),
+        (("--base-model", base, "--dpo-unet", at("lora")), "(holds no UNet; it is a LoRA; give it as --dpo-lora)"),
+        (("--base-model", base, "--vae", at("unet")), "(holds no VAE; it is a UNet; give it as --dpo-unet)"),
+        (("--base-model", base, "--dpo-unet", at("unet")), "made for text embeddings of 2048 numbers, but --base-model"),
+        (("--base-model", at("lora")), "in the original layout; it is a LoRA; give it as --dpo-lora)"),
+        (("--base-model", at("empty")), "cannot be loaded (empty.safetensors is empty; fetch it again)"),
+        (("--base-model", at("lfs")), "(lfs.safetensors is a pointer of git LFS; fetch the file itself, with git lfs pull)"),
+        (("--base-model", at("cut")), "(cut.safetensors is cut short or no .safetensors file; fetch it again)"),
+        (("--base-model", tmp_path / "cut"), "(diffusion_pytorch_model.safetensors is cut short or no .safetensors file"),
+        (("--base-model", tmp_path / "list"), "cannot be loaded (its configuration is no JSON object)"),
+        (("--base-model", tmp_path / "words"), "has no vocabulary in tokenizer/; fetch the folder again"),
         (("--base-model", other), f"--base-model {other}: holds a FluxPipeline; use a base model of SDXL, SD 1.5 or SD 2.1"),
         (("--base-model", refiner), "predicts the noise where all is noise (rescale_betas_zero_snr)"),
         (("--base-model", inpainting), "its UNet takes 9 channels, the VAE has 4"),
@@ -296,9 +324,55 @@ def test_what_does_not_fit_is_said_before_a_model_is_loaded(folders, tmp_path, r
         (("--base-model", "owner/name/x.safetensors"), "the hub is out of reach"),
     ]
     for flags, message in cases:
-        more = () if "--dpo-unet" in flags else ("--dpo-unet", "")
-        code, _, err = run("hasty_sample", "--vae", "", *flags, *more)
+        more = [x for flag in ("--dpo-unet", "--vae") if flag not in flags for x in (flag, "")]
+        code, _, err = run("hasty_sample", *flags, *more)
+        assert tmp_path not in flags or "--demo" not in err
         assert code == 2 and message in err and len(err.splitlines()) == 1, (flags, err)
+
+
+def test_a_vae_of_another_family(folders, tmp_path, monkeypatch):
+    """Told by the scale of its latents. Only the default is exchanged without a word, and not for one that fits."""
+    base, sdxl = folders["SD 1.5"], ROOT / "assets/configs/sdxl/vae"
+    cls = script("hasty_sample").Settings
+    assert fitted(settings(base, vae=str(base / "vae"))).vae == str(base / "vae")
+    with pytest.raises(
+        UserError, match=r"scales latents by 0.13025, but .* by 0.18215; take both from the same model family"
+    ):
+        fitted(settings(base, vae=str(sdxl)))
+    # Edited in at the top of Settings.
+    monkeypatch.setattr(cls, "vae", str(base / "vae"))
+    assert fitted(settings(base, vae=cls.vae)).vae == str(base / "vae")
+    monkeypatch.setattr(cls, "vae", str(sdxl))
+    assert fitted(settings(base, vae=cls.vae)).vae == ""
+    # A file has the configuration beside it, and without one the base model's.
+    (tmp_path / "vae").mkdir()
+    file = shutil.copy(base / "vae/diffusion_pytorch_model.safetensors", tmp_path / "vae")
+    assert load_part(AutoencoderKL, "vae", file, "vae", config_of=str(base))["scaling_factor"] == 0.18215
+    config = json.loads((base / "vae/config.json").read_text()) | {"scaling_factor": 0.5}
+    (tmp_path / "vae/config.json").write_text(json.dumps(config))
+    assert load_part(AutoencoderKL, "vae", file, "vae", config_of=str(base))["scaling_factor"] == 0.5
+    assert load_part(AutoencoderKL, "vae", file, "vae", torch.float32, str(base)).config.scaling_factor == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--base-model", "models/sdx"), "--base-model models/sdx: cannot be loaded ("),
+        (("--base-model", "x/y/z"), "--base-model 'x/y/z': no such folder"),
+        (("--base-model", "model.ckpt"), "--base-model model.ckpt: neither a .safetensors file nor a model folder"),
+        (("--vae", "nowhere"), "--vae 'nowhere': no such folder"),
+        (("--vae", "unet"), "--vae unet: holds UNet2DConditionModel, not the AutoencoderKL"),
+        (("--vae", str(ROOT / "assets/configs/sdxl/vae")), "scales latents by 0.13025"),
+        (("--init-unet", str(ROOT / "assets/configs/sdxl/unet")), "made for text embeddings of 2048 numbers"),
+    ],
+)
+def test_training_says_what_does_not_fit_before_a_model_is_loaded(folders, train_on, monkeypatch, flags, said):
+    monkeypatch.setattr(script("train_dipo"), "load_models", None)
+    Path("model.ckpt").touch()
+    Path("unet").symlink_to(folders["SD 1.5"] / "unet")
+    code, _, err = train_on(folders["SD 1.5"], *flags)
+    lines = [line for line in err.splitlines() if line.startswith("error")]
+    assert code == 2 and len(lines) == 1 and said in lines[0], err
 
 
 # Of UNet, VAE and text encoders, as published.

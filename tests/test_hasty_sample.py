@@ -19,7 +19,8 @@ from helpers import pixels, popen, start, start_two
 from PIL import Image
 
 import hasty_sample
-from dipo.settings import DEMO_PATHS
+from dipo import cli
+from dipo.settings import DEMO_PATHS, completed
 
 SCRIPT = ROOT / "hasty_sample.py"
 FAST = ("--demo", "--num-inference-steps", "4")
@@ -324,6 +325,32 @@ BAD_INPUT = {
     "font": (["--demo", "--font", "empty.txt"], ["--font empty.txt"]),
     "long prompt as a file": (["--demo", "--prompts", "a red sun " * 40], ["no such file"]),
 }
+
+
+def test_a_copy_of_an_image_is_none_of_the_run(run, tmp_path):
+    few = ("--demo", "--num-inference-steps", "2", "--limit", "1", "--output-dir", "out")
+    assert run("hasty_sample", *few)[0] == 0
+    shutil.copy("out/00000.png", "out/00000 (1).png")
+    code, out, err = run("hasty_sample", *few)
+    assert code == 0 and "1 of 1 images are in out already" in out and (tmp_path / "out/00000 (1).png").exists(), err
+
+
+@pytest.mark.parametrize("flag", ["--dpo-unet", "--dpo_unet="])
+def test_a_lora_goes_on_the_unet_that_is_named_beside_it(monkeypatch, capsys, flag):
+    """Though the name is the default's. Without one it goes on the base model's own, and that is said."""
+    module = hasty_sample
+    default = module.Settings.dpo_unet
+
+    def unet(*flags):
+        monkeypatch.setattr("sys.argv", ["hasty_sample.py", "--dpo-lora", "a.safetensors", *flags])
+        return completed(cli.parse(module.Settings, ""), {}).dpo_unet
+
+    assert unet(*([f"{flag}{default}"] if "=" in flag else [flag, default])) == default
+    assert unet("--dpo-unet", "owner/name") == "owner/name" and unet("--dpo-unet=") == ""
+    assert capsys.readouterr().err == ""
+    assert unet() == ""
+    line = f"--dpo-lora goes on the base model's own UNet; --dpo-unet {default} beside it would put it on that one"
+    assert capsys.readouterr().err == f"warning: {line}\n"
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)

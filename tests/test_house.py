@@ -13,7 +13,7 @@ MODULES = sorted(p.stem for p in (ROOT / "dipo").glob("[!_]*.py"))
 LEVELS = (
     ("cli", "stats", "timesteps", "pictures"),
     ("files", "devices"),
-    ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums"),
+    ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums", "single_file"),
     ("models", "settings", "hub", "folders", "losses"),
     ("compiled", "judges", "loras", "training", "schemas"),
     ("batches", "scores", "tables", "cache", "results", "pickapic"),
@@ -111,7 +111,7 @@ def test_scripts_and_functions_keep_their_length(name):
 
 def test_the_house_stays_small():
     paths = [*(ROOT / f"{name}.py" for name in SCRIPTS), *(ROOT / "dipo").glob("*.py")]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in paths) <= 6800
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in paths) <= 7000
     for path in (ROOT / "dipo").glob("*.py"):
         for f in functions(path):
             assert f.end_lineno - f.lineno < 60, (path, f.name)

@@ -18,9 +18,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from dipo import loras
 from dipo.cli import UserError
 from dipo.files import lora_and_strength, lora_names
-from dipo.loras import diffusers_name, merge_loras, weights_by_name
+from dipo.loras import diffusers_name, weights_by_name
 from dipo.settings import check_lora, check_sampling
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn"
@@ -38,6 +39,12 @@ UNET |= {
     "conv_in": 2,
 }
 ENCODER = {f"{TEXT}self_attn.q_proj": 2, f"{TEXT}self_attn.out_proj": 3, f"{TEXT}mlp.fc1": 2}
+
+
+def merge_loras(pipe, entries, strict=True):
+    """As a script's load_pipeline does it, which reads them before the pipeline."""
+    read = [loras.read_lora(entry, pipe.unet.config.cross_attention_dim) for entry in entries]
+    loras.merge_loras(pipe, read, strict)
 
 
 @pytest.fixture(scope="module")
@@ -192,11 +199,13 @@ LAYOUTS = [diffusers_old, diffusers_new, diffusers_text, processors, peft, peft_
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_without_alpha_have_full_strength_at_mixed_ranks(sdxl, tmp_path, layout):
+def test_layouts_without_alpha_have_full_strength_at_mixed_ranks(sdxl, tmp_path, layout, capfd):
     pipe, made = copy.deepcopy(sdxl), factors(sdxl)
     before, tensors = weights(pipe), layout(made)
     save_file(tensors, tmp_path / "a.safetensors")
     merge_loras(pipe, (f"{tmp_path}/a.safetensors:-0.5",))
+    said = "its scale is in peft's adapter_config.json, which is not beside it; taken as 1"
+    assert (said in capfd.readouterr().err) == (layout is peft)
     few = {k: v for k, v in made.items() if any(t is v[0] for t in tensors.values())}
     assert {len(d) for d, *_ in few.values()} > {2, 3} and (layout in LAYOUTS[4:] or {m for m, _ in few} == {*models(sdxl)})
     check(pipe, before, {k: -0.5 * product(d, u) for k, (d, u, _) in few.items()})
@@ -297,9 +306,11 @@ def test_a_folder_of_peft(sdxl, tmp_path, config):
             change = m * (w + change) / (w + change).flatten(1).norm(dim=1).reshape(m.shape) - w
         changes["unet", layer] = change
     check(pipe, before, changes)
-    # A strength is the share of the whole change, also of DoRA's.
+    # A strength is the share of the whole change, also of DoRA's. The file is known by its configuration, whatever its name.
     pipe = copy.deepcopy(sdxl)
-    merge_loras(pipe, (f"{tmp_path}/lora/adapter_model.safetensors:0.25",))
+    (tmp_path / "lora/adapter_model.safetensors").rename(tmp_path / "lora/mine.safetensors")
+    merge_loras(pipe, (f"{tmp_path}/lora/mine.safetensors:0.25",))
+    assert lora_names((f"{tmp_path}/lora/mine.safetensors",))[1:] == [f"{tmp_path}/lora/adapter_config.json"]
     check(pipe, before, {k: 0.25 * v for k, v in changes.items()})
 
 
@@ -445,7 +456,7 @@ def test_layers_that_fit_nothing_are_named(sdxl, tmp_path, capfd, model, layer, 
 def test_nothing_for_the_unet(sdxl, tmp_path):
     made = {key: parts for key, parts in factors(sdxl).items() if key[0] != "unet"}
     path = tmp_path / "a.safetensors"
-    assert "nothing of it fits the UNet; 0 of 6 layers" in refused(sdxl, path, kohya(made))
+    assert refused(sdxl, path, kohya(made)).endswith("nothing of it fits the UNet; --no-lora-strict merges the others")
     pipe, before = copy.deepcopy(sdxl), weights(sdxl)
     merge(pipe, path, kohya(made), strict=False)
     check(pipe, before, {k: a / len(d) * product(d, u) for k, (d, u, a) in made.items()})
@@ -483,10 +494,22 @@ def test_a_lora_of_another_family(sdxl, sd15, tmp_path, layout, strict, monkeypa
         ({"<cat>": torch.ones(768)}, "a textual inversion"),
         (
             {f"a{i}.weight": torch.ones(2, 2) for i in range(9)} | {"conv_in.weight": torch.ones(2)},
-            "the full weights of a model",
+            "no LoRA; it is a UNet; give it as --dpo-unet",
         ),
-        ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 4, 3, 3)}, "the full weights of a model"),
-        ({f"a{i}.weight": torch.ones(2, 2) for i in range(9)}, "no LoRA; its first key is a0.weight"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 4, 3, 3)}, "it is a UNet; give it as --dpo-unet"),
+        ({"decoder.conv_in.weight": torch.ones(2, 4, 3, 3)}, "it is a VAE; give it as --vae"),
+        (
+            {"controlnet_cond_embedding.conv_in.weight": torch.ones(2, 4, 3, 3)},
+            "it is a ControlNet, which has no place here",
+        ),
+        (
+            {f"conditioner.a{i}.weight": torch.ones(1, 1, 1) for i in range(2)},
+            "it is a whole checkpoint; give it as --base-model",
+        ),
+        (
+            {f"a{i}.weight": torch.ones(2, 2) for i in range(9)},
+            "it is of no kind that is known here; its first key is a0.weight",
+        ),
     ],
 )
 def test_files_that_are_no_lora_say_what_they_are(sdxl, tmp_path, tensors, says):
@@ -508,6 +531,26 @@ def test_what_cannot_be_read(sdxl, tmp_path):
             merge_loras(sdxl, (str(name),))
         assert str(e.value).startswith(f"--dpo-lora {name}: cannot be read (") and says in str(e.value)
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "config", [[], {"lora_alpha": None}, {"lora_alpha": "8"}, {"lora_alpha": []}, {"lora_alpha": math.inf}]
+)
+def test_an_alpha_that_is_no_number(sdxl, tmp_path, config):
+    save_file(peft(factors(sdxl)), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"cannot be read \((alpha of .* is .*, no finite number|.* holds no JSON object)\)"):
+        merge_loras(sdxl, (str(tmp_path),))
+
+
+def test_a_lora_is_read_before_a_model_is_loaded(sdxl, sd15, tmp_path, monkeypatch):
+    made = factors(sd15)
+    made["unet", f"{ATTENTION}2.to_k"] = (torch.ones(3, 768), *made["unet", f"{ATTENTION}2.to_k"][1:])
+    save_file(kohya_sd15(made), tmp_path / "a.safetensors")
+    for name in SAMPLERS:
+        monkeypatch.setattr(script(name), "load_part", None)
+        with pytest.raises(UserError, match="made for text embeddings of 768"):
+            load(name, dpo_lora=(str(tmp_path / "a.safetensors"),))
 
 
 def test_from_the_hubs_cache(sdxl, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, features
 
 from dipo.grids import save_grids
 from dipo.pairs import read_picture
@@ -18,12 +18,13 @@ DEEP = GREY.astype(np.uint16) * 257
 RGB = np.stack([GREY, GREY[:, ::-1], GREY // 2], axis=-1)
 
 
-def png16(pixels):
-    """A PNG of 16 bits a channel, which Pillow does not write: pixels (H, W, channels)."""
+def png16(pixels, clear=None):
+    """A PNG of 16 bits a channel, which Pillow does not write: pixels (H, W, channels); the grey clear is transparent."""
     height, width, channels = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    grey = () if clear is None else ((b"tRNS", struct.pack(">H", clear)),)
+    chunks = ((b"IHDR", header), *grey, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     parts = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -61,6 +62,7 @@ GREYS = {
     "1": (saved(Image.fromarray(GREY > 127)), np.where(GREY > 127, 255, 0), 0),
     "L": (saved(Image.fromarray(GREY)), GREY, 0),
     "16-bit PNG": (saved(Image.fromarray(DEEP)), GREY, 0),
+    "16-bit PNG, one transparent": (png16(DEEP[..., None], 7 * 257), np.where(GREY == 7, 255, GREY), 0),
     "16-bit TIFF, high bytes first": (tiff(DEEP, ">"), GREY, 0),
     "16-bit TIFF, low bytes first": (tiff(DEEP, "<"), GREY, 0),
     "16-bit PGM": (b"P5 256 16 65535\n" + DEEP.astype(">u2").tobytes(), GREY, 0),
@@ -272,3 +274,16 @@ def test_graphs_that_leave_the_prompt_open_say_so():
 def test_other_chunks_called_prompt_are_no_graph(text, tmp_path):
     (tmp_path / "a.png").write_bytes(text_png(prompt=text))
     assert prompt_inside(tmp_path / "a.png") == ""
+
+
+def test_a_damaged_avif_is_unreadable():
+    """Whichever byte is wrong."""
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    data, found = saved(Image.fromarray(RGB), "AVIF"), set()
+    for i in range(0, min(len(data), 1000), 3):
+        try:
+            open_picture(data[:i] + bytes([data[i] ^ 255]) + data[i + 1 :])
+        except UNREADABLE as e:
+            found.add(type(e))
+    assert len(found) > 1

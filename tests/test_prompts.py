@@ -54,11 +54,20 @@ TABLES = {
         '[{"Caption": "a", "n": 1}, {"Caption": null}, {"category": "x", "Caption": "b"}]',
         [("a", ""), ("b", "x")],
     ),
-    "categories.json": ('{"animals": ["a", "b"], "text": ["c"]}', "lengths"),
     "styles.json": ('{"anime": ["a", "b"], "photo": [{"prompt": "c"}]}', [("a", "anime"), ("b", "anime"), ("c", "photo")]),
     "list.json": ('{"prompts": ["a", "b"], "version": 2}', [("a", ""), ("b", "")]),
     "columns.json": ('{"prompt": {"0": "a", "1": "b"}, "category": {"0": "x", "1": "y"}}', [("a", "x"), ("b", "y")]),
     "lines.jsonl": ('{"text": "a\u2028b", "id": 1}\n\n{"text": "c"}\n', [("a b", ""), ("c", "")]),
+    "mixed.json": (
+        '[{"prompt": "a"}, {"text": "b"}, {"prompt": null, "caption": "c", "category": "x"}, "d", null]',
+        [("a", ""), ("b", ""), ("c", "x"), ("d", "")],
+    ),
+    "one.json": ('{"prompt": "a, b", "seed": 1}', [("a, b", "")]),
+    "gap.json": ('[{"prompt": 1}, {"prompt": null}]', [("1", "")]),
+    "wrapped.json": ('{"prompts": [{"text": "a"}, {"text": "b"}], "n": 2}', [("a", ""), ("b", "")]),
+    "images.json": ('{"Text": ["a", "b"], "id": [1, 2]}', [("a", ""), ("b", "")]),
+    "lines.json": ('{"prompt": "a"}\n\n{"prompt": "b"}\n', [("a", ""), ("b", "")]),
+    "pretty.jsonl": ('[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n', [("a", ""), ("b", "")]),
     "texts.jsonl": ('"a"\n"b, c"\n', [("a", ""), ("b, c", "")]),
 }
 
@@ -68,16 +77,12 @@ TABLES = {
 def test_tables_and_json_of_others(name, encoding, tmp_path):
     text, wanted = TABLES[name]
     (tmp_path / name).write_bytes(text.encode(encoding))
-    if wanted == "lengths":
-        with pytest.raises(UserError, match="same length"):
-            read_prompts(str(tmp_path / name))
-        return
     assert list(read_prompts(str(tmp_path / name)).itertuples(index=False, name=None)) == wanted
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "json"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with its mark", "latin-1", "cp1252"])
-def test_texts_in_every_encoding(encoding, kind, tmp_path):
+def test_texts_in_every_encoding(encoding, kind, tmp_path, capsys):
     """cp1252 is latin-1 with quotation marks and such where latin-1 has control characters."""
     wanted = {"latin-1": ["un café", "grün, größer"], "cp1252": ["‘café’ – 5 €"]}.get(encoding, ["café", "日本 🎨"])
     lines = {"txt": wanted, "csv": ["prompt", *(f'"{x}"' for x in wanted)], "json": [json.dumps(wanted, ensure_ascii=False)]}
@@ -85,6 +90,18 @@ def test_texts_in_every_encoding(encoding, kind, tmp_path):
     data = ("\ufeff" + data).encode("utf-16-be") if "mark" in encoding else data.encode(encoding)
     (tmp_path / f"p.{kind}").write_bytes(data)
     assert list(read_prompts(str(tmp_path / f"p.{kind}"))["prompt"]) == wanted
+    said = (
+        f"warning: {tmp_path}/p.{kind} is not in UTF-8 and was read as cp1252; save it as UTF-8 if letters come out wrong\n"
+    )
+    assert capsys.readouterr().err == (said if encoding in ("latin-1", "cp1252") else "")
+
+
+def test_a_quote_that_swallows_rows_is_told(tmp_path, capsys):
+    """A prompt may go over lines; one whose quote was forgotten does too."""
+    (tmp_path / "p.csv").write_text('id,prompt\n0,a\n1,"5 inch\n2,b\n3,c"\n')
+    assert list(read_prompts(str(tmp_path / "p.csv"))["prompt"]) == ["a", "5 inch 2,b 3,c"]
+    said = f"warning: {tmp_path}/p.csv: 1 of 2 rows go over several lines; look for a quote that is opened and not closed\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_folder_holds_files_of_every_kind(tmp_path):
@@ -94,6 +111,7 @@ def test_a_folder_holds_files_of_every_kind(tmp_path):
     (tmp_path / "photo.txt").write_text("e\n")
     (tmp_path / "._photo.txt").write_bytes(b"\0\x05\x16\x07")
     (tmp_path / "notes.md").write_text("no prompt")
+    (tmp_path / "folder.txt").mkdir()
     wanted = [("a", "anime"), ("b", "anime"), ("c", "own"), ("d", "mixed"), ("e", "photo")]
     assert list(read_prompts(str(tmp_path)).itertuples(index=False, name=None)) == wanted
     (tmp_path / "other.json").write_text('{"version": 1}')
@@ -111,7 +129,21 @@ UNREADABLE = {
     "later.csv": ("prompt,category\na,b\na, b,c\n", "put quotes around prompts with commas"),
     "open.csv": ('prompt,n\n"a,1\nb,2\n', "a quote is opened and never closed"),
     "empty.csv": ("", "holds no prompt"),
-    "numbers.json": ("[1, 2]", "holds a JSON list; give a list of prompts or of objects"),
+    "numbers.json": ("[1, 2]", "holds a JSON list of int; give a list of prompts or of objects"),
+    "words.json": ("null", "holds a JSON NoneType; give"),
+    "text.json": (
+        '{"text": ["c"], "animals": ["a"], "people": ["b"]}',
+        "text may be a column or a category, as animals is; call it prompt, or something else",
+    ),
+    "lengths.json": ('{"prompt": ["a", "b"], "category": ["x"]}', "same length"),
+    "coco.json": (
+        '{"images": [{"id": 1}], "annotations": [{"caption": "a"}]}',
+        "images: an object has no prompt, .*, but id$",
+    ),
+    "row.json": ('[{"prompt": "a"}, {"x": 1, "y": 2}]', "an object has no prompt, prompts, .* or text, but x, y$"),
+    "line.jsonl": ('{"text": "a"}\n\n{"text": "b"\n', "line 3: Expecting ',' delimiter at column 13$"),
+    "blank.json": ("\n", "holds no prompt"),
+    "object.json": ("{}", "holds no prompt"),
     "nested.json": ('{"a": {"b": 1}}', "holds an object with a; give"),
     "lists.json": ('[{"captions": ["a", "b"]}]', "the column captions holds more than one text in a row"),
     "broken.json": ('["a", ', "cannot be read: Expecting value: line 1 column 7"),

@@ -160,6 +160,10 @@ def test_without_token_or_network(hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="there is no token here; log in with `hf auth login`"):
         results.check_upload("me/dipo")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"cannot be asked about the token \(.*\); look at the connection"):
+        results.check_upload("me/dipo")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         results.check_upload("me/dipo")
@@ -188,3 +192,9 @@ def test_a_run_uploads_and_a_finished_one_does_so_again(hub, train, tmp_path, no
     for path in UNET:
         (tmp_path / "again" / path).write_bytes(repos["me/other"][path])
     assert test_train_dipo.same(before, test_train_dipo.weights(tmp_path / "again"))
+
+
+@pytest.mark.parametrize(("base", "said"), [("owner/name/a/b.safetensors", "owner/name"), ("owner/name", "owner/name")])
+def test_the_card_names_the_repository_of_a_file(base, said):
+    card = results.model_card(test_train_dipo.td.Settings(base_model=base), {"steps": 1})
+    assert f"\nbase_model: {said}\n" in card

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -224,3 +226,29 @@ def test_pairs_are_by_seed_where_all_have_one():
     assert stats.wins(both, "a", "b", "x")["difference"] == -3 and alike == "same prompts and seeds"
     both, _ = paired(images, "a", "c")
     assert stats.wins(both, "a", "c", "x")["difference"] == -6 and stats.wins(both, "a", "c", "x")["n"] == 1
+
+
+def test_scores_of_others_are_not_overwritten(score, tmp_path):
+    """Before a judge is loaded."""
+    make_folder(tmp_path / "a", 1)
+    text = "image,rater,score\n00000.png,me,3\n00000.png,you,4\n"
+    (tmp_path / "a/scores.csv").write_text(text)
+    code, _, err = score("--folders", "a", "--pickscore", "nobody/nothing")
+    assert code == 2 and err == "error: a/scores.csv: not of these scripts, and would be lost; move it away\n"
+    assert (tmp_path / "a/scores.csv").read_text() == text
+
+
+def test_given_prompts_for_pictures_of_ours_captions_in_capitals_and_a_picture_too_large(tmp_path, capsys):
+    make_folder(tmp_path / "a", 1)
+    given = [{"prompt": "given", "category": ""}]
+    assert picture_records(str(tmp_path / "a"), given)["00000.png"]["prompt"] == PROMPTS[0]
+    said = "pictures of {} that these scripts made keep the prompts inside them\n"
+    assert capsys.readouterr().err == f"warning: --folder-prompts: {said.format(tmp_path / 'a')}"
+    save_picture(tmp_path / "b/0.png")
+    (tmp_path / "b/0.TXT").write_text("a cat")
+    assert picture_records(str(tmp_path / "b"))["0.png"]["prompt"] == "a cat" and capsys.readouterr().err == ""
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "b/1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    with pytest.raises(UserError, match=r"1 of 2 pictures have no prompt: 1.png \(cannot be read\)"):
+        picture_records(str(tmp_path / "b"))
