@@ -51,7 +51,8 @@ def sft(x: Errors, beta: float | None) -> torch.Tensor:
 
 def kto(x: Errors, beta: float) -> torch.Tensor:
     """1 - sigmoid(beta (g - z)) of a winner, 1 - sigmoid(-beta (g - z)) of a loser, g = r - m, and z the mean of g over the
-    batch of all devices, at least 0, without gradient: Diffusion-KTO (Li et al. 2024) as its code has it by default."""
+    batch of all devices, at least 0, without gradient: Diffusion-KTO (Li et al. 2024) as its code has it by default. So it
+    alone depends on how many pairs are held at once, --train-batch-size times the processes."""
     g_w, g_l = x.r_w - x.m_w, x.r_l - x.m_l
     z = reduce((g_w + g_l).detach().mean() / 2, "mean").clamp(min=0)
     return 1 - (torch.sigmoid(beta * (g_w - z)) + torch.sigmoid(-beta * (g_l - z))).mean() / 2

@@ -12,7 +12,7 @@ from conftest import ROOT
 from helpers import script
 from safetensors.torch import load_file
 
-from dipo import training
+from dipo import losses, training
 from dipo.losses import BETAS, LOSSES, STARTS, WITHOUT_REFERENCE, preference_loss
 
 PAIRS, SHAPE = 3, (2, 3, 4)
@@ -102,6 +102,21 @@ def test_ktos_mean_gain_is_held_and_not_below_zero(tensors):
     slope = (-sign * 300.0 * h * (1 - h) / (2 * PAIRS)).view(-1, 1, 1, 1)
     by_hand = slope * -2 * (torch.tensor(better) - torch.tensor(noise).repeat(2, 1, 1, 1)) / math.prod(SHAPE)
     torch.testing.assert_close(pred.grad, by_hand, rtol=1e-9, atol=1e-15)
+
+
+def test_two_processes_share_ktos_mean_gain(tensors, monkeypatch):
+    """With z of both, the mean of their losses is the loss of one process that holds all their pairs."""
+    model, reference, noise = tensors
+    better = reference + 0.2 * (np.concatenate([noise, noise]) - reference) + 0.001 * model
+    _, (whole, _, x) = ours("kto", better, reference, noise, 300.0)
+    gains = (torch.stack([x.r_w - x.m_w, x.r_l - x.m_l])).detach().mean(dim=0)
+    parts, own = [], []
+    monkeypatch.setattr(losses, "reduce", lambda z, how: own.append(z) or {"mean": gains.mean()}[how])
+    for pairs in ([0], [1, 2]):
+        rows = [*pairs, *(PAIRS + i for i in pairs)]
+        parts.append(ours("kto", better[rows], reference[rows], noise[pairs], 300.0)[1][0].item() * len(pairs))
+    assert sum(parts) / PAIRS == pytest.approx(whole.item(), rel=1e-12)
+    assert [z.item() for z in own] == pytest.approx([gains[0].item(), gains[1:].mean().item()], rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
