@@ -339,8 +339,7 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
             skipped |= not math.isfinite(norm) and not deepspeed
             step = checkpoints.count_step(progress, size, skipped, ties, bad)
             position = behind
-            # Without a reference the errors of the first step stand in for its own.
-            m_w, m_l, r_w, r_l = sides if with_reference else sides[:2] + progress.setdefault("first_errors", sides[:2])
+            m_w, m_l, r_w, r_l = sides if with_reference else training.own_errors(progress, *sides[:2])
             m, r = (m_w + m_l) / 2, (r_w + r_l) / 2
             row = {"loss": loss, "implicit_accuracy": accuracy, "model_mse": m, "reference_mse": r}
             row |= {"winner_mse": m_w, "loser_mse": m_l, "winner_change": m_w - r_w, "loser_change": m_l - r_l}
@@ -358,7 +357,10 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                 before = None
             training.check_skipped(progress["skipped_in_row"], out / "checkpoints")
 
-            last, drifted = step >= s.max_train_steps, training.drift_error(step, m, r, s.max_mse_ratio)
+            last, drifted = (
+                step >= s.max_train_steps,
+                training.drift_error(step, progress.get("recent", m), r, s.max_mse_ratio),
+            )
             if s.validate_every and not drifted and (last or step % s.validate_every == 0):
                 validate(s, pipe, model, prompts, accelerator, out, step)
             if last or drifted or step % s.checkpoint_every == 0:

@@ -293,6 +293,19 @@ def check_skipped(in_a_row: int, checkpoints) -> None:
         )
 
 
+def own_errors(progress: dict, m_w: float, m_l: float) -> tuple[float, float, float, float]:
+    """The errors of winners and losers in a step, and, where there is no reference, their means over the first 10 steps in
+    its place. Keeps what that takes in progress, and in its recent the error of the last steps, their weight falling by a
+    tenth with each: from batch to batch it varies too much to be held against the first ones."""
+    if math.isfinite(m_w + m_l):
+        progress["recent"] = 0.9 * progress.get("recent", (m_w + m_l) / 2) + 0.1 * (m_w + m_l) / 2
+        n, first_w, first_l = progress.get("first", (0, 0.0, 0.0))
+        if n < 10:
+            progress["first"] = n + 1, (n * first_w + m_w) / (n + 1), (n * first_l + m_l) / (n + 1)
+    _, first_w, first_l = progress.get("first", (0, m_w, m_l))
+    return m_w, m_l, first_w, first_l
+
+
 def drift_error(step: int, mse: float, reference_mse: float, max_ratio: float) -> UserError | None:
     """What to raise where the model's noise error is more than max_ratio times the reference's."""
     if mse > max_ratio * reference_mse:
