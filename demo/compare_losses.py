@@ -62,6 +62,8 @@ class Settings:
     """the file whose part between the lines <!-- losses --> and <!-- end losses --> is replaced"""
     plot: str = "docs/losses.png"
     """gains and changed errors"""
+    sheet: str = "docs/losses_pictures.png"
+    """pictures of the first captions, a row for each loss"""
 
 
 def run(s: Settings, name: str, lr: float, folder: Path, *more: str) -> dict:
@@ -69,16 +71,8 @@ def run(s: Settings, name: str, lr: float, folder: Path, *more: str) -> dict:
     note = folder / "run.json"
     if not note.exists():
         command = [sys.executable, ROOT / "train_dipo.py", "--demo", "--resume", "--validate-every", 0, *LOSSES[name]]
-        command += [
-            "--learning-rate",
-            lr,
-            "--max-train-steps",
-            s.steps,
-            "--effective-batch-size",
-            s.batch,
-            "--train-batch-size",
-            s.batch,
-        ]
+        command += ["--learning-rate", lr, "--max-train-steps", s.steps]
+        command += ["--effective-batch-size", s.batch, "--train-batch-size", s.batch]
         command += ["--cache-dir", Path(s.folder).absolute() / "cache", "--output-dir", folder.absolute(), *more]
         process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
@@ -135,7 +129,7 @@ def row_of(s: Settings, name: str, base: pd.DataFrame) -> dict:
     short = folder.with_name("cost")
     few = ("--max-train-steps", "6", "--checkpoint-every", "100")
     peak = run(s, name, lr, short, *few)["peak"]
-    row = {"loss": name, "learning rate": f"{lr:.0e}", "gain": gain, "won": rate((gain > 0).tolist())}
+    row = {"loss": name, "folder": str(folder), "learning rate": f"{lr:.0e}", "gain": gain, "won": rate((gain > 0).tolist())}
     row["noisy labels"] = f"{100 * np.mean(1 / (1 + np.exp(-gain))):.1f} %"
     row["colours right"] = rate(scores.right.tolist())
     for side in ("winner", "loser"):
@@ -143,6 +137,21 @@ def row_of(s: Settings, name: str, base: pd.DataFrame) -> dict:
         row[side] = 100 * change.mean() / (last[f"{side}_mse"] - change).mean()
     row["seconds"] = s.batch / pd.read_csv(short / "metrics.csv").pairs_per_second[1:].median()
     return row | {"peak": peak}
+
+
+def sheet(s: Settings, folders: dict[str, str]) -> None:
+    """Pictures of twelve held-out captions, which are among those measured: a row for each UNet."""
+    pipe = load_pipeline(str(ROOT / "assets/demo/sdxl"))
+    captions = [world.caption(x) for x in world.sample_scenes("held_out", s.n, 0)[:12]]
+    figure = matplotlib.figure.Figure(figsize=(9, 0.68 * len(folders)), layout="constrained")
+    for axis, (name, folder) in zip(figure.subplots(len(folders), 1), folders.items(), strict=True):
+        pipe.unet = load_unet(folder)
+        pictures = sample(pipe, captions, list(range(12)), s.num_inference_steps, 5.0)
+        axis.imshow(np.hstack([np.pad(np.asarray(p), ((1, 1), (1, 1), (0, 0)), constant_values=255) for p in pictures]))
+        axis.set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    figure.savefig(s.sheet, dpi=120)
 
 
 def plot(rows: list[dict], path: str) -> None:
@@ -190,6 +199,7 @@ def main(s: Settings) -> None:
     if asdict(s) == asdict(Settings()):
         put_between(s.document, "losses", "end losses", lines)
         plot(rows, s.plot)
+        sheet(s, {"base": str(ROOT / "assets/demo/sdxl/unet")} | {row["loss"]: row["folder"] for row in rows})
 
 
 if __name__ == "__main__":
