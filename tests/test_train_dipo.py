@@ -828,7 +828,7 @@ def bad_dataset(folder, kind):
         ("column", "are none of those known: jpg_0, jpg_1, label_0, caption; "),
         ("ties", "no usable pair in it"),
         ("unreadable", "no usable pair in it"),
-        ("text", "cannot be loaded"),
+        ("text", "is no whole parquet file"),
     ],
 )
 def test_bad_data_end_with_one_line(train, tmp_path, kind, said):
