@@ -6,10 +6,11 @@
 Each loss sees the same pairs in the same order, from the same base model, at learning rates a factor of three apart; the one
 whose pictures of 60 training captions have the highest mean reward is taken, and more are tried while that one lies at an
 end. It is then measured on 300 held-out captions, same captions and seeds as the base model's pictures, 20 DDIM steps,
-guidance 5. A rate at which train_dipo.py stops the run is out. Time and memory are of six steps, one run
-after the other. Everything is kept under --folder and goes on where it was.
+guidance 5, and its noise errors on 256 held-out pairs. A rate at which train_dipo.py stops the run is out. Time and memory
+are of six steps, one run after the other. Everything is kept under --folder and goes on where it was.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,11 +22,17 @@ import annotator
 import matplotlib.figure
 import numpy as np
 import pandas as pd
+import torch
 import world
 from common import load_pipeline, load_unet, mean, put_between, rate, sample, versions
+from diffusers import DDPMScheduler
+from torch.utils.data import default_collate
 
 from dipo import cli, stats
 from dipo.files import write_text, written_whole
+from dipo.pairs import random_draws, read_pair
+from dipo.schemas import open_dataset, pairs_of
+from dipo.training import encode_unconditional, prepare_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 # Flags of train_dipo.py, by what the table calls it.
@@ -98,6 +105,28 @@ def measure(s: Settings, unet: str, split: str, n: int, kept: Path) -> pd.DataFr
     return pd.read_csv(kept)
 
 
+@torch.no_grad()
+def noise_errors(s: Settings, unet: str, kept: Path) -> pd.Series:
+    """A UNet's mean squared noise error on winners and losers of 256 held-out pairs, noise and timesteps alike for all."""
+    if not kept.exists():
+        pipe, name = load_pipeline(str(ROOT / "assets/demo/sdxl")), str(ROOT / "assets/demo/pickapic/test.parquet")
+        unet, scheduler = load_unet(unet), DDPMScheduler.from_config(pipe.scheduler.config)
+        rows, unconditional, errors = open_dataset(name), encode_unconditional(pipe), []
+        find = pairs_of(rows, name)
+        pairs = itertools.islice((pair for row in rows for pair in find(row)[0]), 256)
+        items = [read_pair(x, 64) | random_draws((0, i), (4, 16, 16), 1000, 0.0) for i, x in enumerate(pairs)]
+        for i in range(0, len(items), 32):
+            batch = default_collate(items[i : i + 32])
+            latents, text = prepare_batch(pipe, batch, unconditional)
+            noise, t = (torch.cat([batch[k], batch[k]]) for k in ("noise", "timestep"))
+            noisy = scheduler.add_noise(latents, noise, t)
+            error = (unet(noisy, t, **text.last(len(noisy)))[0] - noise).square().mean(dim=(1, 2, 3))
+            errors.append(error.unflatten(0, (2, -1)))
+        with written_whole(kept) as part:
+            pd.DataFrame(torch.cat(errors, dim=1).T.numpy(), columns=["winner", "loser"]).to_csv(part, index=False)
+    return pd.read_csv(kept).mean()
+
+
 def best_rate(s: Settings, name: str) -> tuple[float, Path]:
     """The learning rate whose pictures of training captions have the highest mean reward, and its run."""
     runs, rates, rewards = Path(s.folder) / name.replace(", ", "-").replace(" ", "-"), list(s.rates), {}
@@ -120,21 +149,18 @@ def best_rate(s: Settings, name: str) -> tuple[float, Path]:
             return best, runs / f"{best:.0e}"
 
 
-def row_of(s: Settings, name: str, base: pd.DataFrame) -> dict:
+def row_of(s: Settings, name: str, base: pd.DataFrame, base_errors: pd.Series) -> dict:
     """All that the table and the plot say of a loss."""
     lr, folder = best_rate(s, name)
     scores = measure(s, str(folder), "held_out", s.n, folder / "held_out.csv")
     gain = (scores.reward - base.reward).to_numpy()
-    last = pd.read_csv(folder / "metrics.csv").tail(s.steps // 5)
     short = folder.with_name("cost")
     few = ("--max-train-steps", "6", "--checkpoint-every", "100")
     peak = run(s, name, lr, short, *few)["peak"]
     row = {"loss": name, "folder": str(folder), "learning rate": f"{lr:.0e}", "gain": gain, "won": rate((gain > 0).tolist())}
     row["noisy labels"] = f"{100 * np.mean(1 / (1 + np.exp(-gain))):.1f} %"
     row["colours right"] = rate(scores.right.tolist())
-    for side in ("winner", "loser"):
-        change = last[f"{side}_change"]
-        row[side] = 100 * change.mean() / (last[f"{side}_mse"] - change).mean()
+    row |= (100 * (noise_errors(s, str(folder), folder / "errors.csv") / base_errors - 1)).to_dict()
     row["seconds"] = s.batch / pd.read_csv(short / "metrics.csv").pairs_per_second[1:].median()
     return row | {"peak": peak}
 
@@ -165,7 +191,7 @@ def plot(rows: list[dict], path: str) -> None:
         right.plot([row[side] for row in rows], y, marker, color=colour, label=f"{side}s")
     left.set_yticks(y, [row["loss"] for row in rows])
     left.set_xlabel("gain in the annotator's reward over the base model")
-    right.set_xlabel("change of the noise error, last fifth of training, %")
+    right.set_xlabel("change of the noise error on held-out pairs, %")
     right.legend(frameon=False)
     for axis in (left, right):
         axis.axvline(0, color="grey", ls="--", lw=1)
@@ -180,7 +206,8 @@ def main(s: Settings) -> None:
     base_folder = Path(s.folder) / "base"
     base_folder.mkdir(parents=True, exist_ok=True)
     base = measure(s, str(ROOT / "assets/demo/sdxl"), "held_out", s.n, base_folder / "held_out.csv")
-    rows = [row_of(s, name, base) for name in s.losses]
+    base_errors = noise_errors(s, str(ROOT / "assets/demo/sdxl"), base_folder / "errors.csv")
+    rows = [row_of(s, name, base, base_errors) for name in s.losses]
     lines = [
         "| loss | learning rate | mean gain in reward | won against the base | by noisy labels | colours right | "
         "winner's error | loser's error | seconds a step | peak memory |",
