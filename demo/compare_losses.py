@@ -177,11 +177,11 @@ def sheet(s: Settings, folders: dict[str, str]) -> None:
         axis.set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    figure.savefig(s.sheet, dpi=120)
+    figure.savefig(s.sheet, dpi=120, bbox_inches="tight")
 
 
 def plot(rows: list[dict], path: str) -> None:
-    figure = matplotlib.figure.Figure(figsize=(9, 0.5 * len(rows) + 1.4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9, 0.35 * len(rows) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     y = np.arange(len(rows))[::-1]
     for place, row in zip(y, rows, strict=True):
