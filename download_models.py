@@ -95,7 +95,7 @@ PICKAPIC = Source("yuvalkirstain/pickapic_v2", "main", optional=("test_unique",)
 # The settings that take what is fetched here; pickapic's pairs are train_dipo.py's --dataset.
 SCRIPTS = {
     "hasty_sample.py": ("base_model", "dpo_unet", "vae", "parti", "pickapic"),
-    "train_dipo.py": ("base_model", "vae", "dataset"),
+    "train_dipo.py": ("base_model", "vae", "dataset", "pickscore", "pickscore_processor", "hpsv2", "clip"),
     "compare_quality.py": tuple(name.replace("-", "_") for name in (*SOURCES, "pickapic")),
 }
 

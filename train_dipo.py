@@ -6,6 +6,8 @@ steps with hasty_sample.py. The defaults are the paper's: SDXL 1.0, Pick-a-Pic, 
     python train_dipo.py --demo                                          # the small model in assets/demo, without GPU
     python train_dipo.py --output-dir models/dipo --train-batch-size 4   # SDXL in full, four pairs at a time on one GPU
     python train_dipo.py --output-dir models/lora --lora-rank 64         # a LoRA: one UNet in memory instead of two
+    python train_dipo.py --output-dir models/kto --loss kto              # another objective, of those in dipo/losses.py
+    python train_dipo.py --output-dir models/mine --dataset pictures --relabel pickscore     # pairs of one's own, by a judge
     accelerate launch train_dipo.py --output-dir models/dipo             # all GPUs of this machine
     accelerate launch --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip 10.0.0.1 \\
         --main_process_port 29500 train_dipo.py --output-dir /shared/dipo      # the same on machine 1 with --machine_rank 1
@@ -192,6 +194,7 @@ DEMO = {
     "validate_every": 50,
     "validation_prompts": "assets/demo/prompts.txt",
 }
+# dpo's was chosen so. ipo's and kto's give a gain the same weight: dpo's and ipo's argument has half of beta.
 DEMO_BETAS = {"dpo": 1000.0, "ipo": 1000.0, "kto": 500.0}
 VALIDATION_PROMPTS = (
     "a close-up portrait of an old fisherman in a yellow raincoat, soft window light",
@@ -339,7 +342,9 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
             skipped |= not math.isfinite(norm) and not deepspeed
             step = checkpoints.count_step(progress, size, skipped, ties, bad)
             position = behind
-            m_w, m_l, r_w, r_l = sides if with_reference else training.own_errors(progress, *sides[:2])
+            m_w, m_l, r_w, r_l = sides
+            if not with_reference:
+                r_w, r_l = training.first_errors(progress, m_w, m_l)
             m, r = (m_w + m_l) / 2, (r_w + r_l) / 2
             row = {"loss": loss, "implicit_accuracy": accuracy, "model_mse": m, "reference_mse": r}
             row |= {"winner_mse": m_w, "loser_mse": m_l, "winner_change": m_w - r_w, "loser_change": m_l - r_l}
@@ -357,10 +362,8 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                 before = None
             training.check_skipped(progress["skipped_in_row"], out / "checkpoints")
 
-            last, drifted = (
-                step >= s.max_train_steps,
-                training.drift_error(step, progress.get("recent", m), r, s.max_mse_ratio),
-            )
+            last = step >= s.max_train_steps
+            drifted = training.drift_error(step, progress.get("recent", m), r, s.max_mse_ratio)
             if s.validate_every and not drifted and (last or step % s.validate_every == 0):
                 validate(s, pipe, model, prompts, accelerator, out, step)
             if last or drifted or step % s.checkpoint_every == 0:

@@ -92,15 +92,15 @@ def agreed_note(s, pipe: DiffusionPipeline, accelerator: Accelerator, resolution
     wanted = {k: getattr(s, k) for k in ("dataset", "base_model", "vae", "max_train_pairs", *ONLY_SETTINGS)}
     wanted |= {"resolution": resolution, "dtype": str(pipe.vae.dtype)}
     wanted |= {"judge": judge_of(s).source} if s.relabel else {}
+    if not read_note(s.cache_dir) and any(Path(s.cache_dir).expanduser().glob("*.parquet")):
+        raise UserError(f"--cache-dir {s.cache_dir}: holds other parquet files; give an empty folder")
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process and not read_note(s.cache_dir):
-        if any(Path(s.cache_dir).expanduser().glob("*.parquet")):
-            raise UserError(f"--cache-dir {s.cache_dir}: holds other parquet files; give an empty folder")
         write_text(Path(s.cache_dir).expanduser() / "cache.json", json.dumps(wanted))
     accelerator.wait_for_everyone()
     note = read_note(s.cache_dir)
     for key, value in wanted.items():
-        if note.get(key, ONLY_SETTINGS.get(key)) != value:
-            old = note.get(key, ONLY_SETTINGS.get(key))
+        if (old := note.get(key, ONLY_SETTINGS.get(key))) != value:
             what = f"made with {key} {old!r}, not {value!r}; use that, give another, or delete its cache.json and *.parquet"
             raise UserError(f"--cache-dir {s.cache_dir}: {what}" + " (the scores stay)" * bool(s.relabel))
     if "processes" in note and not note.get("complete"):

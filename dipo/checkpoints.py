@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import sys
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dipo.cli import UserError, first_line
+from dipo.cli import UserError, first_line, warn
 from dipo.files import write_text, written_whole
 
 STEP = "step-" + "[0-9]" * 7
@@ -28,6 +27,8 @@ MAY_CHANGE = ("output_dir", "resume", "demo", "max_train_steps", "learning_rate"
 MAY_CHANGE += ("max_grad_norm", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_prompts", "device")
 MAY_CHANGE += ("max_mse_ratio", "wandb", "save_dtype", "gradient_checkpointing", "lr_warmup_steps", "train_batch_size")
 MAY_CHANGE += ("num_workers", "push_to_hub", "winner_preserving", "lr_scheduler")
+# Where judges lie; the cache knows which one labelled its pairs.
+MAY_CHANGE += ("pickscore", "pickscore_processor", "hpsv2", "hpsv2_version", "clip")
 # What older versions knew no other of, so that their checkpoints and caches do not say it.
 ONLY_SETTINGS = {"dataset_split": "train", "ranked_pairs": "all", "relabel": None, "relabel_margin": 0.0, "flip": False}
 
@@ -87,7 +88,7 @@ def find_checkpoint(out: Path) -> Path | None:
             bad = [first_line(e)]
         if not bad:
             return folder
-        print(f"warning: {folder} is damaged ({bad[0]}); falling back to the one before", file=sys.stderr)
+        warn(f"{folder} is damaged ({bad[0]}); falling back to the one before")
     return None
 
 
@@ -160,7 +161,7 @@ def open_metrics(path: Path, step: int) -> None:
         write_text(path, table[table["step"].astype(int) <= step].to_csv(index=False))
     except (FileNotFoundError, KeyError, ValueError):
         if step and path.exists():
-            print(f"warning: {path} cannot be read; it begins anew at step {step + 1}", file=sys.stderr)
+            warn(f"{path} cannot be read; it begins anew at step {step + 1}")
         path.unlink(missing_ok=True)
 
 

@@ -116,19 +116,20 @@ def model_card(s, summary: dict) -> str:
     use = f'pipe.unet = UNet2DConditionModel.from_pretrained("{name}", subfolder="unet")'
     if s.lora_rank:
         use = f'pipe.load_lora_weights("{name}")'
+    how = "Diffusion-DPO" if s.loss == "dpo" else f"the loss {s.loss} (dipo/losses.py)"
     data = huggingface_hub.ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["diffusion-dpo", "dipo"] + (["lora"] if s.lora_rank else []),
+        tags=["diffusion-dpo" if s.loss == "dpo" else s.loss, "dipo"] + (["lora"] if s.lora_rank else []),
         # Of a file on the hub, its repository.
         base_model="/".join(s.base_model.split("/")[:2]) if find_path(s.base_model) is None else None,
         datasets=[s.dataset] if find_path(s.dataset) is None else None,
     )
     rows = "\n".join(f"| {k} | {v} |" for k, v in (asdict(s) | summary).items())
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# {kind} trained with Diffusion-DPO\n\n"
-        f"Trained by train_dipo.py from {s.base_model} on {s.dataset}: {summary['steps']} steps of {s.effective_batch_size} "
-        "pairs. Made to be sampled by DDIM in 20 to 50 steps:\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {kind} trained with {how}\n\n"
+        f"Trained by train_dipo.py from {s.init_unet or s.base_model} on {s.dataset}: {summary['steps']} steps of "
+        f"{s.effective_batch_size} pairs. Made to be sampled by DDIM in 20 to 50 steps:\n\n"
         f'```bash\npython hasty_sample.py --base-model {s.base_model} --vae "{s.vae}" {result_flags(s, name)}\n```\n\n'
         f"or with diffusers, `{use}` and a `DDIMScheduler`.\n\n| setting | value |\n|---|---|\n{rows}\n"
     )

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import importlib.util
 import math
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +18,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from tqdm import tqdm
 
-from dipo.cli import UserError
+from dipo.cli import UserError, warn
 from dipo.devices import on_cpu
 from dipo.losses import STARTS, WITHOUT_REFERENCE
 from dipo.models import Text, text_of
@@ -280,8 +279,8 @@ def check_moved(before, parameters, lr: float, lora: bool, accelerator: Accelera
             f"no weight moved in the first step: at learning rate {lr:.3g} steps are smaller than the spacing of float32 "
             "numbers; use --scale-lr, or a larger --learning-rate"
         )
-    if moved < 0.4 * total and accelerator.is_main_process:
-        print("warning: most steps are lost in rounding at this rate, which is that of warm-up", file=sys.stderr)
+    if moved < 0.4 * total:
+        warn("most steps are lost in rounding at this rate, which is that of warm-up")
 
 
 def check_skipped(in_a_row: int, checkpoints) -> None:
@@ -293,17 +292,17 @@ def check_skipped(in_a_row: int, checkpoints) -> None:
         )
 
 
-def own_errors(progress: dict, m_w: float, m_l: float) -> tuple[float, float, float, float]:
-    """The errors of winners and losers in a step, and, where there is no reference, their means over the first 10 steps in
-    its place. Keeps what that takes in progress, and in its recent the error of the last steps, their weight falling by a
-    tenth with each: from batch to batch it varies too much to be held against the first ones."""
+def first_errors(progress: dict, m_w: float, m_l: float) -> tuple[float, float]:
+    """The mean errors of winners and losers over the first 10 steps, which stand for the reference's where there is none.
+    m_w, m_l: this step's. Keeps what that takes in progress, and in its recent the error of the last steps, their weight
+    falling by a tenth with each: from batch to batch it varies too much to be held against the first ones."""
     if math.isfinite(m_w + m_l):
         progress["recent"] = 0.9 * progress.get("recent", (m_w + m_l) / 2) + 0.1 * (m_w + m_l) / 2
         n, first_w, first_l = progress.get("first", (0, 0.0, 0.0))
         if n < 10:
             progress["first"] = n + 1, (n * first_w + m_w) / (n + 1), (n * first_l + m_l) / (n + 1)
-    _, first_w, first_l = progress.get("first", (0, m_w, m_l))
-    return m_w, m_l, first_w, first_l
+    _, *first = progress.get("first", (0, m_w, m_l))
+    return tuple(first)
 
 
 def drift_error(step: int, mse: float, reference_mse: float, max_ratio: float) -> UserError | None:
@@ -324,15 +323,15 @@ def warn_of_displacement(metrics: Path, progress: dict) -> None:
     last = table.tail(20)
     if progress.get("displaced") or len(last) < 20 or "winner_change" not in last:
         return
-    change, before = last.winner_change, (last.winner_mse - last.winner_change).mean()
+    change = last.winner_change
+    share = 100 * change.mean() / (last.winner_mse - change).mean()
     falls = last.loss.mean() < table.loss[0] - 2 * last.loss.sem()
     if falls and change.mean() > 2 * change.sem():
         progress["displaced"] = True
-        print(
-            f"warning: the loss falls, but the winners' noise error has grown, by {100 * change.mean() / before:.2g} %: "
-            "the model tells winners from losers by getting worse at both (likelihood displacement); if pictures suffer, "
-            "use --winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate",
-            file=sys.stderr,
+        warn(
+            f"the loss falls, but the winners' noise error has grown, by {share:.2g} %: the model tells "
+            "winners from losers by getting worse at both (likelihood displacement); if pictures suffer, use "
+            "--winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate"
         )
 
 

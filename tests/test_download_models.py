@@ -766,9 +766,7 @@ def test_settings_of_the_scripts():
         defaults = {f.name: f.default for f in fields(module.Settings)}
         repos = {source.repo: name.replace("-", "_") for name, source in dm.SOURCES.items()} | {dm.PICKAPIC.repo: "pickapic"}
         takes = tuple(name for name in defaults if defaults[name] in repos and name != "dataset")
-        # Training takes judges too, for --relabel alone.
-        judges = {"pickscore", "pickscore_processor", "hpsv2", "clip"} if module is td else set()
-        assert set(takes) - judges == set(dm.SCRIPTS[script]) - {"dataset"} and judges <= set(takes)
+        assert set(takes) == set(dm.SCRIPTS[script]) - {"dataset"}
         assert all(repos[defaults[name]] == name for name in takes)
     assert td.Settings.dataset == dm.PICKAPIC.repo
     for name in STUDIES[1:]:

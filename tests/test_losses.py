@@ -213,6 +213,30 @@ def test_each_trains_in_full_and_as_a_lora_and_goes_on_to_the_bit(name, train, t
     assert json.loads((tmp_path / "parts/checkpoints/step-0000002/progress.json").read_text())["settings"]["loss"] == name
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_without_a_reference_holds_none_and_its_card_says_what_it_is(name, train, tmp_path, monkeypatch):
+    td, seen = script("train_dipo"), {"forward": 0}
+    wrap, forward = td.wrap, td.UNet2DConditionModel.forward
+
+    def watched(*given):
+        made = wrap(*given)
+        seen["reference"] = made[2]
+        return made
+
+    def counted(*given, **more):
+        seen["forward"] += 1
+        return forward(*given, **more)
+
+    monkeypatch.setattr(td, "wrap", watched)
+    monkeypatch.setattr(td.UNet2DConditionModel, "forward", counted)
+    code, _, err = train("--loss", name, "--max-train-steps", 1, "--output-dir", "out")
+    assert code == 0, err
+    assert (seen["reference"] is None) == (name in WITHOUT_REFERENCE)
+    assert seen["forward"] == (1 if name in WITHOUT_REFERENCE else 2)
+    card = (tmp_path / "out/README.md").read_text()
+    assert ("trained with Diffusion-DPO" in card) == (name == "dpo") and (name == "dpo" or f"the loss {name}" in card)
+
+
 def test_the_winners_error_falls_under_sft_and_a_runaway_is_stopped_without_a_reference(train, tmp_path):
     flags = ("--loss", "sft", "--max-train-steps", 20, "--checkpoint-every", 100)
     code, _, err = train(*flags, "--output-dir", "good", "--learning-rate", "2e-3")
@@ -239,17 +263,16 @@ def test_without_a_reference_the_first_steps_stand_for_it_and_single_batches_do_
     progress, seen = {}, []
     errors = np.random.default_rng(0).uniform(0.03, 0.16, 60)
     for x in errors:
-        seen.append((training.own_errors(progress, x, 2 * x), progress["recent"]))
-        assert not training.drift_error(1, progress["recent"], np.mean(seen[-1][0][2:]), 2.0)
-    for (m_w, m_l, r_w, r_l), k in zip((x for x, _ in seen), range(60), strict=True):
-        assert (m_w, m_l) == (errors[k], 2 * errors[k])
-        assert (r_w, r_l) == pytest.approx((errors[: min(k + 1, 10)].mean(), 2 * errors[: min(k + 1, 10)].mean()), rel=1e-12)
+        seen.append(training.first_errors(progress, x, 2 * x))
+        assert not training.drift_error(1, progress["recent"], np.mean(seen[-1]), 2.0)
+    for k, first in enumerate(seen):
+        assert first == pytest.approx((errors[: min(k + 1, 10)].mean(), 2 * errors[: min(k + 1, 10)].mean()), rel=1e-12)
     weights = 0.9 ** np.arange(59, -1, -1) * np.array([1, *[0.1] * 59])
     assert progress["recent"] == pytest.approx(1.5 * (weights * errors).sum(), rel=1e-12)
-    assert training.own_errors(progress, math.nan, 1.0)[2:] == seen[-1][0][2:] and math.isfinite(progress["recent"])
+    assert training.first_errors(progress, math.nan, 1.0) == seen[-1] and math.isfinite(progress["recent"])
     for _ in range(30):
-        r = np.mean(training.own_errors(json.loads(json.dumps(progress)), 0.5, 0.5)[2:])
-        training.own_errors(progress, 0.5, 0.5)
+        progress = json.loads(json.dumps(progress))
+        r = np.mean(training.first_errors(progress, 0.5, 0.5))
     assert training.drift_error(1, progress["recent"], r, 2.0)
 
 
