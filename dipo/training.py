@@ -318,7 +318,8 @@ def drift_error(step: int, mse: float, reference_mse: float, max_ratio: float) -
 
 def warn_of_displacement(metrics: Path, progress: dict) -> None:
     """Once in a run, a warning where over the last 20 steps the loss is below the first step's and the winners' noise error
-    above the reference's, each by more than two standard errors. progress: gets a note of it."""
+    above the reference's, each by more than two standard errors, and the error by more than 1 %, as less comes and goes.
+    progress: gets a note of it."""
     table = pd.read_csv(metrics) if metrics.exists() else pd.DataFrame()
     last = table.tail(20)
     if progress.get("displaced") or len(last) < 20 or "winner_change" not in last:
@@ -326,7 +327,7 @@ def warn_of_displacement(metrics: Path, progress: dict) -> None:
     change = last.winner_change
     share = 100 * change.mean() / (last.winner_mse - change).mean()
     falls = last.loss.mean() < table.loss[0] - 2 * last.loss.sem()
-    if falls and change.mean() > 2 * change.sem():
+    if falls and share > 1 and change.mean() > 2 * change.sem():
         progress["displaced"] = True
         warn(
             f"the loss falls, but the winners' noise error has grown, by {share:.2g} %: the model tells "
