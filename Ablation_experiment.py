@@ -7,6 +7,7 @@ differs is eta alone.
     python Ablation_experiment.py --limit 20                          # SDXL, 20 of our prompts for each category
     python Ablation_experiment.py --etas 0 0.25 0.5 0.75 1 --num-inference-steps 30 --output-dir generated_images/eta_30
     accelerate launch Ablation_experiment.py --prompts parti --limit 25 --output-dir generated_images/parti_eta
+    python Ablation_experiment.py --paper                             # the paper's prompts, guidance, steps, etas, redraws
     python Ablation_experiment.py --score-only                        # tables of the images that are there
 
 Images come first (a folder of PNGs for each eta, settings inside), scores after (scores.csv, image by image), then eta.csv,
@@ -33,7 +34,7 @@ from dipo.files import write_csv
 from dipo.judges import HPSv2, PickScore
 from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
-from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
+from dipo.settings import StudySettings, check_at_least, check_etas, check_sampling, check_steps, completed, papers
 from dipo.study import Row, Study, open_study
 from dipo.tables import mean_columns, print_table
 from dipo.timesteps import successive
@@ -57,14 +58,21 @@ class Settings(StudySettings):
     """steps, 1 to 1000"""
     etas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     """shares of the ancestral noise, each 0 to 1"""
+    redraws: int = 0
+    """sets drawn again at eta = 0 with other seeds: how far means move by chance alone"""
     grid_prompts: int = 8
 
 
 # What --demo sets besides the demo's models, wherever the command line left the default.
-DEMO = {"prompts": "assets/demo/prompts", "limit": 16, "batch_size": 12}
-DEMO |= {"output_dir": "generated_images/Ablation_experiment/demo"}
-# What the paper says of both scores, in % of the mean.
-PAPER = "under 0.15"
+DEMO = {"prompts": "assets/demo/prompts", "limit": 36, "batch_size": 12, "etas": (0.0, 0.25, 0.5, 0.75, 1.0), "redraws": 2}
+DEMO |= {"output_dir": "generated_images/demo/Ablation_experiment"}
+# What --paper sets: the terms of Figure 3, whose five rows were all drawn at eta = 0, without seeds (docs/paper.md).
+PAPER_TERMS = {"prompts": "parti", "guidance_scale": 7.5, "num_inference_steps": 30, "etas": (0.0, 0.2, 0.5, 0.7, 1.0)}
+PAPER_TERMS |= {"redraws": 4, "output_dir": "generated_images/paper/Ablation_experiment"}
+# What the paper says of both scores, in % of the mean, from so many means of so many prompts.
+PAPER, PAPER_ROWS, PAPER_PROMPTS = "under 0.15", 5, 1632
+# How far the seeds of redraws are from each other: beyond the images of any study.
+REDRAW = 10**6
 
 
 @torch.no_grad()
@@ -112,7 +120,7 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Diff
 def make_images(s: Settings, study: Study) -> None:
     """Sample what is missing, row by row."""
     pipe = load_pipeline(s, study.device, study.dtype)
-    for row, batch in study.batches(pipe):
+    for row, batch in study.batches(pipe, s):
         with batch:
             with batch.timed("seconds_sampling"):
                 latents = sample(pipe, batch, batch.tau, row.eta, s.guidance_scale)
@@ -121,8 +129,9 @@ def make_images(s: Settings, study: Study) -> None:
             batch.save(images)
 
 
-def report(s: Settings, study: Study, rows: list[Row], images: pd.DataFrame) -> None:
-    """The scores at each eta, their paired differences from the lowest eta, how far the means fluctuate, curves and grid."""
+def report(s: Settings, study: Study, rows: list[Row], redrawn: list[Row], images: pd.DataFrame) -> None:
+    """The scores at each eta, their paired differences from the lowest eta, how far the means fluctuate, over eta and over
+    redraws, curves and grid."""
     judges, first = study.scores.judges, rows[0]
     means = stats.means(images, [r.variant for r in rows], study.scores.names, first.variant)
     means.insert(1, "eta", [r.eta for r in rows])
@@ -130,16 +139,26 @@ def report(s: Settings, study: Study, rows: list[Row], images: pd.DataFrame) -> 
     title = f"{s.num_inference_steps} steps: means over prompts, 95 % bootstrap intervals, paired for differences"
     print_table(title, means, {"η": ("eta", "g"), "n": "n"} | mean_columns(judges, f"that at η = {first.eta:g}"))
 
-    moved = pd.DataFrame([{"score": j.label} | fluctuation(stats.by_variant(images, j.name)) for j in judges])
+    over_eta = images[images["variant"].isin([r.variant for r in rows])]
+    draws = [r.variant for r in rows if r.eta == 0] + [r.variant for r in redrawn]
+    moved = pd.DataFrame(
+        {"score": j.label}
+        | fluctuation(stats.by_variant(over_eta, j.name))
+        | redraw_scatter(images.pivot(index="name", columns="variant", values=j.name)[draws])
+        for j in judges
+    )
+    theirs = papers(s, PAPER_TERMS)
     columns = {
         "score": "score",
         "n": "n",
-        "largest less smallest mean, % of the mean": ("fluctuation", ".2f"),
+        f"over {len(rows)} etas: largest less smallest mean, % of the mean": ("fluctuation", ".2f"),
         "by chance, if eta did nothing": ("chance", ".2f"),
         "p": ("p", ".2g"),
-        "paper's": "paper",
+        f"over {len(draws)} draws at η = 0": ("redrawn", ".2f"),
+        f"{PAPER_ROWS} draws of {PAPER_PROMPTS} prompts would give": ("redrawn_as_paper", ".2f"),
+        theirs: "paper",
     }
-    print_table("How far the means move with eta", moved.assign(paper=PAPER), columns)
+    print_table("How far the means move with eta, and from draw to draw", moved.assign(paper=PAPER), columns)
 
     study.finish(
         write_csv(study.folder / "eta.csv", means),
@@ -147,6 +166,22 @@ def report(s: Settings, study: Study, rows: list[Row], images: pd.DataFrame) -> 
         save_plot(plot_eta(s, means, moved, judges), study.folder / "eta.png", s.demo),
         *study.grid("grid", rows, images, f"{s.num_inference_steps} steps, "),
     )
+
+
+def redraw_scatter(scores: pd.DataFrame) -> dict[str, float]:
+    """How far means move from draw to draw, in percent of the mean, when nothing but the seeds differs.
+
+    scores: a row for each image, a column for each draw. redrawn: the largest less the smallest mean. redrawn_as_paper: what
+    that is on average over as many draws and prompts as the paper has: the standard deviation between an image's draws, by
+    the square root of the prompts, times the mean range of that many normal numbers. nan for fewer than two draws.
+    """
+    values = scores.to_numpy(dtype=np.float64)
+    if values.shape[1] < 2:
+        return {"redrawn": math.nan, "redrawn_as_paper": math.nan}
+    percent, spread = 100 / abs(values.mean()), values.var(axis=1, ddof=1).mean() ** 0.5
+    normal = np.random.default_rng(0).standard_normal((100_000, PAPER_ROWS))
+    expected = np.ptp(normal, axis=1).mean() * spread / PAPER_PROMPTS**0.5
+    return {"redrawn": np.ptp(values.mean(axis=0)) * percent, "redrawn_as_paper": expected * percent}
 
 
 def fluctuation(scores: pd.DataFrame) -> dict[str, float]:
@@ -193,19 +228,24 @@ def plot_eta(s: Settings, means: pd.DataFrame, moved: pd.DataFrame, judges: list
 
 
 def main(s: Settings) -> None:
-    s = completed(s, DEMO)
+    s = completed(s, DEMO, PAPER_TERMS)
     check_sampling(s)
     check_steps("num-inference-steps", s.num_inference_steps)
     check_etas("etas", *s.etas)
-    s = fitted(s)
-    rows = [Row(f"eta-{eta:g}", f"η = {eta:g}", s.num_inference_steps, eta) for eta in sorted(s.etas)]
+    check_at_least(s, redraws=0)
+    s, steps = fitted(s), s.num_inference_steps
+    rows = [Row(variant=f"eta-{eta:g}", label=f"η = {eta:g}", steps=steps, eta=eta) for eta in sorted(s.etas)]
+    redrawn = [
+        Row(variant=f"redraw-{k}", label=f"η = 0, drawn again ({k})", steps=steps, seed=k * REDRAW)
+        for k in range(1, s.redraws + 1)
+    ]
     judges = [PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version)]
-    with open_study(s, rows, judges) as study:
-        if study.missing:
-            make_images(s, study)
-        rows, images = study.results()
+    with open_study(s, rows + redrawn, judges) as study:
+        for model in study.models():
+            make_images(model, study)
+        there, images = study.results()
         if study.is_main:
-            report(s, study, rows, images)
+            report(s, study, [r for r in rows if r in there], [r for r in redrawn if r in there], images)
 
 
 if __name__ == "__main__":

@@ -11,28 +11,27 @@ the two pictures people would choose: no people are asked.
     python Human_Preference_compare.py --score-only                   # tables of the images that are there
 
 Images come first (a folder of PNGs for each UNet and sampling, settings inside), scores after (scores.csv, image by image),
-then preference.csv, bars.png, pies.png (and .pdf), and grid.png. A run that was stopped at any moment goes on when the same
+then preference.csv, preference.png and .pdf, and grid.png. A run that was stopped at any moment goes on when the same
 command is given again; a larger --limit adds what is missing only. PickScore is 100 times a cosine at its trained scale
 (near 22), HPSv2 a cosine (near 0.28). To use other models, edit the paths at the top of Settings or pass them as flags.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 
 import pandas as pd
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from matplotlib.figure import Figure
 
 from dipo import cli, stats
 from dipo.batches import Batch
 from dipo.compiled import projected_once
-from dipo.figures import BLUE, GREY, ORANGE, plot_wins, save_plot
+from dipo.figures import plot_wins, save_plot
 from dipo.files import write_csv
 from dipo.judges import HPSv2, PickScore
 from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
-from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
+from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed, papers
 from dipo.study import Row, Study, eta_label, open_study
 from dipo.tables import gap_column, mean_columns, print_table, win_columns
 from dipo.timesteps import successive
@@ -62,10 +61,13 @@ class Settings(StudySettings):
 
 
 # What --demo sets besides the demo's models, wherever the command line left the default.
-DEMO = {"prompts": "assets/demo/prompts", "limit": 8, "batch_size": 12}
-DEMO |= {"output_dir": "generated_images/Human_Preference_compare/demo"}
-# Figure 2 of the paper; which score it rests on is not said.
-PAPER = "59.9 %"
+DEMO = {"prompts": "assets/demo/prompts", "limit": 18, "batch_size": 12}
+DEMO |= {"output_dir": "generated_images/demo/Human_Preference_compare"}
+# What --paper sets: the terms of Figure 2 (docs/paper.md).
+PAPER_TERMS = {"prompts": "parti", "guidance_scale": 7.5, "seed": 77, "one_seed": True}
+PAPER_TERMS |= {"output_dir": "generated_images/paper/Human_Preference_compare"}
+# Figure 2 of the paper in %: how often an HPSv2 model scores the tuned UNet's picture higher.
+PAPER = 59.9
 
 
 @torch.no_grad()
@@ -110,14 +112,10 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Diff
     return ready(pipe, s, device)
 
 
-def make_images(s: Settings, study: Study, base_unet: bool) -> None:
-    """Sample what is missing of one UNet's rows."""
-    if not study.unfinished(base_unet):
-        return
-    if base_unet:
-        s = replace(s, dpo_unet="", dpo_lora=())
+def make_images(s: Settings, study: Study) -> None:
+    """Sample what is missing, row by row."""
     pipe = load_pipeline(s, study.device, study.dtype)
-    for row, batch in study.batches(pipe, base_unet):
+    for row, batch in study.batches(pipe, s):
         with batch:
             with batch.timed("seconds_sampling"):
                 latents = sample(pipe, batch, batch.tau, row.eta, s.guidance_scale)
@@ -127,7 +125,7 @@ def make_images(s: Settings, study: Study, base_unet: bool) -> None:
 
 
 def report(s: Settings, study: Study, rows: list[Row], images: pd.DataFrame) -> None:
-    """Win rates of tuned against base UNet under both samplings, both sides of each, with bar and pie charts, and a grid."""
+    """Win rates of tuned against base UNet under both samplings, both sides of each, with their plot, and a grid."""
     judges, variants = study.scores.judges, [r.variant for r in rows]
     means = stats.means(images, variants, study.scores.names).assign(label=[r.label for r in rows])
     columns = {"images": "label", "n": "n"} | mean_columns(judges)
@@ -135,14 +133,14 @@ def report(s: Settings, study: Study, rows: list[Row], images: pd.DataFrame) -> 
 
     samplings = {f"DIPO {s.dipo_steps}{eta_label(s.eta)}": variants[:2], f"Diffusion-DPO {s.baseline_steps}": variants[2:]}
     wins = pd.DataFrame(
-        {"sampling": sampling, "score": judge.label, **stats.wins(images, tuned, base, judge.name)}
+        {"sampling": sampling, "score": judge.label, **stats.wins(images, tuned, base, judge.name, judge.logit)}
         for sampling, (tuned, base) in samplings.items()
         for judge in reversed(judges)
     )
-    wins["paper"] = PAPER if (s.dipo_steps, s.eta) == (50, 0) else None
-    wins.loc[wins["sampling"] != next(iter(samplings)), "paper"] = None
+    paper = {next(iter(samplings)): PAPER} if (s.dipo_steps, s.eta) == (50, 0) else {}
+    wins["paper"] = wins["sampling"].map(paper).astype(float)
     columns = {"sampling": "sampling", "score": "score"} | win_columns("tuned wins", "base wins")
-    columns |= {"mean gain": gap_column(wins), "paper's": "paper"}
+    columns |= {"mean gain": gap_column(wins), f"{papers(s, PAPER_TERMS)}, %": ("paper", ".1f")}
     title = "Tuned against base UNet: win rates (95 % Wilson) and mean gains (95 % paired bootstrap)"
     print_table(title + study.pairs_note(), wins, columns)
 
@@ -153,8 +151,7 @@ def report(s: Settings, study: Study, rows: list[Row], images: pd.DataFrame) -> 
 
     study.finish(
         write_csv(study.folder / "preference.csv", wins),
-        save_plot(plot_wins(wins, "sampling", ["tuned UNet", "base UNet"]), study.folder / "bars.png", s.demo),
-        save_plot(plot_pies(wins), study.folder / "pies.png", s.demo),
+        save_plot(plot_wins(wins, "sampling", "tuned over base UNet", paper), study.folder / "preference.png", s.demo),
         *study.grid("grid", rows, images),
     )
 
@@ -165,25 +162,8 @@ def kept_advantage(scores: pd.DataFrame, a: str, b: str, c: str, d: str) -> tupl
     return stats.prompt_means((scores[a] - scores[b]) - (scores[c] - scores[d]))
 
 
-def plot_pies(wins: pd.DataFrame) -> Figure:
-    """A pie of wins, losses and ties for each sampling and score."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    kinds = {"tuned UNet scores higher": BLUE, "base UNet scores higher": ORANGE, "tie": GREY}
-    for axes, r in zip(figure.subplots(1, len(wins)), wins.itertuples(), strict=True):
-        axes.pie(
-            [r.wins, r.losses, r.ties],
-            colors=kinds.values(),
-            startangle=90,
-            autopct=lambda x: f"{x:.1f} %" if x > 8 else "",
-            textprops={"color": "white", "fontsize": 12},
-        )
-        axes.set_title(f"{r.sampling}\n{r.score}, n = {r.n}", fontsize=12)
-    figure.legend(figure.axes[0].patches, kinds, loc="outside lower center", ncols=3, fontsize=11)
-    return figure
-
-
 def main(s: Settings) -> None:
-    s = completed(s, DEMO)
+    s = completed(s, DEMO, PAPER_TERMS)
     check_sampling(s)
     check_steps("dipo-steps", s.dipo_steps)
     check_steps("baseline-steps", s.baseline_steps)
@@ -193,15 +173,16 @@ def main(s: Settings) -> None:
     s = fitted(s)
     samplings = [("dipo", f"DIPO {s.dipo_steps}{eta_label(s.eta)}", s.dipo_steps, s.eta)]
     samplings += [("diffusion-dpo", f"Diffusion-DPO {s.baseline_steps}", s.baseline_steps, 1.0)]
+    unets = {"tuned": {}, "base": {"dpo_unet": "", "dpo_lora": ()}}
     rows = [
-        Row(f"{unet}-{key}-{steps}", f"{unet} UNet, {label}", steps, eta, base_unet=unet == "base")
+        Row(variant=f"{unet}-{key}-{steps}", label=f"{unet} UNet, {label}", steps=steps, eta=eta, **own)
         for key, label, steps, eta in samplings
-        for unet in ("tuned", "base")
+        for unet, own in unets.items()
     ]
     judges = [PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version)]
     with open_study(s, rows, judges) as study:
-        for base_unet in (False, True):
-            make_images(s, study, base_unet)
+        for model in study.models():
+            make_images(model, study)
         _, images = study.results(*rows)
         if study.is_main:
             report(s, study, rows, images)

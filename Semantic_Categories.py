@@ -32,7 +32,7 @@ from dipo.files import write_csv
 from dipo.judges import HPSv2, PickScore
 from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
-from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
+from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed, papers
 from dipo.study import Row, Study, eta_label, open_study
 from dipo.tables import gap_column, print_table, win_columns
 from dipo.timesteps import successive
@@ -61,8 +61,10 @@ class Settings(StudySettings):
 
 
 # What --demo sets besides the demo's models, wherever the command line left the default.
-DEMO = {"prompts": "assets/demo/prompts", "limit": 24, "batch_size": 12}
-DEMO |= {"output_dir": "generated_images/Semantic_Categories/demo"}
+DEMO = {"prompts": "assets/demo/prompts", "limit": 54, "batch_size": 12}
+DEMO |= {"output_dir": "generated_images/demo/Semantic_Categories"}
+# What --paper sets: the terms of Table 4 (docs/paper.md); its prompts are its own.
+PAPER_TERMS = {"guidance_scale": 7.5, "output_dir": "generated_images/paper/Semantic_Categories"}
 # Table 4 of the paper. Two versions of its repository name the winner in two ways, but for one cell.
 PAPER = {
     ("portrait", "HPSv2"): "74.0 % (DIPO or Diffusion-DPO, versions differ)",
@@ -119,7 +121,7 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Diff
 def make_images(s: Settings, study: Study) -> None:
     """Sample what is missing, row by row."""
     pipe = load_pipeline(s, study.device, study.dtype)
-    for row, batch in study.batches(pipe):
+    for row, batch in study.batches(pipe, s):
         with batch:
             with batch.timed("seconds_sampling"):
                 latents = sample(pipe, batch, batch.tau, row.eta, s.guidance_scale)
@@ -136,22 +138,24 @@ def report(s: Settings, study: Study, dipo: Row, baseline: Row, images: pd.DataF
         parts["all together" if "all" in parts else "all"] = images
     ours = s.prompts in (Settings.prompts, DEMO["prompts"])
     as_in_paper = ours and (s.dipo_steps, s.eta, s.baseline_steps) == (30, 0, 500)
+    sides = dipo.variant, baseline.variant
     wins = pd.DataFrame(
-        {"category": category, "score": judge.label, **stats.wins(part, dipo.variant, baseline.variant, judge.name)}
+        {"category": category, "score": judge.label, **stats.wins(part, *sides, judge.name, judge.logit)}
         for category, part in parts.items()
         for judge in reversed(study.scores.judges)
     )
     cells = zip(wins["category"], wins["score"], strict=True)
     wins["paper"] = [PAPER.get(cell) if as_in_paper else None for cell in cells]
     columns = win_columns(f"DIPO {dipo.steps} wins", f"Diffusion-DPO {baseline.steps} wins")
-    columns |= {"mean difference": gap_column(wins), "paper's": "paper"}
+    columns |= {"mean difference": gap_column(wins), papers(s, PAPER_TERMS): "paper"}
     title = "Win rates (95 % Wilson intervals) and DIPO's mean score less Diffusion-DPO's (95 % paired bootstrap)"
     short = wins.assign(category=[c if len(c) <= 40 else c[:39] + "…" for c in wins["category"]])
     print_table(title + study.pairs_note(), short, {"category": "category", "score": "score"} | columns)
 
+    plot = plot_wins(wins, "category", f"DIPO {dipo.steps} over Diffusion-DPO {baseline.steps}")
     paths = [
         write_csv(study.folder / "categories.csv", wins),
-        save_plot(plot_wins(wins, "category", [dipo.label, baseline.label]), study.folder / "categories.png", s.demo),
+        save_plot(plot, study.folder / "categories.png", s.demo),
     ]
     stems = set()
     for category, part in by_category.items():
@@ -164,20 +168,19 @@ def report(s: Settings, study: Study, dipo: Row, baseline: Row, images: pd.DataF
 
 
 def main(s: Settings) -> None:
-    s = completed(s, DEMO)
+    s = completed(s, DEMO, PAPER_TERMS)
     check_sampling(s)
     check_steps("dipo-steps", s.dipo_steps)
     check_steps("baseline-steps", s.baseline_steps)
     check_etas("eta", s.eta)
     s = fitted(s)
-    dipo = Row(f"dipo-{s.dipo_steps}", f"DIPO, {s.dipo_steps} steps{eta_label(s.eta)}", s.dipo_steps, s.eta)
-    baseline = Row(
-        f"diffusion-dpo-{s.baseline_steps}", f"Diffusion-DPO, {s.baseline_steps} steps", s.baseline_steps, eta=1.0
-    )
+    n, m = s.dipo_steps, s.baseline_steps
+    dipo = Row(variant=f"dipo-{n}", label=f"DIPO, {n} steps{eta_label(s.eta)}", steps=n, eta=s.eta)
+    baseline = Row(variant=f"diffusion-dpo-{m}", label=f"Diffusion-DPO, {m} steps", steps=m, eta=1.0)
     judges = [PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version)]
     with open_study(s, [dipo, baseline], judges) as study:
-        if study.missing:
-            make_images(s, study)
+        for model in study.models():
+            make_images(model, study)
         _, images = study.results(dipo, baseline)
         if study.is_main:
             report(s, study, dipo, baseline, images)

@@ -6,23 +6,26 @@ ancestral DDPM (eta = 1) on its longer subsequence.
     python compare_quality.py --demo                                           # the small model in assets/demo, without GPU
     python compare_quality.py --limit 20                                       # SDXL, 20 of our prompts for each category
     accelerate launch compare_quality.py --prompts parti --limit 25 --output-dir generated_images/parti_quality
-    python compare_quality.py --samplers dpmsolver++ unipc euler               # what else one could use at 20 and 30 steps
+    python compare_quality.py --rows rows/training_free.yaml                   # what else people sample with
+    python compare_quality.py --paper --limit 100                              # with the paper's prompts, guidance and seed
     python compare_quality.py --score-only                                     # tables of the images that are there
     python compare_quality.py --folders generated_images/a generated_images/b  # scores what hasty_sample.py left there
 
 Images come first (a folder of PNGs for each row of the table, settings inside), then scores.csv, table1.csv, wins.csv,
-quality.png and .pdf, and grid.png. A stopped run goes on with the same command; more steps add what is missing only.
+equivalence.csv, quality.png and .pdf, and grid.png. A stopped run goes on with the same command; more steps add what is
+missing only. "As good as" is tested as equivalence: two one-sided tests within --margin, Holm's correction over the table.
 
 PickScore is 100 times a cosine at its trained scale (near 22), HPSv2 a cosine (near 0.28), CLIPScore 2.5 times a cosine, 0
 at the least (near 0.66). Seconds per image are measured after a warm-up, the device synchronised, at the batch size in the
 table; decoding is counted apart. To use other models, edit the paths at the top of Settings or pass them as flags.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
+from inspect import signature
 from math import sqrt
-from typing import Literal
 
-import diffusers
 import numpy as np
 import pandas as pd
 import torch
@@ -33,18 +36,15 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from dipo import cli, stats
 from dipo.batches import Batch
 from dipo.compiled import projected_once
-from dipo.devices import dtype_for, start
 from dipo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, describe, save_plot
-from dipo.files import find_path, write_csv
-from dipo.folders import paired, picture_records
+from dipo.files import write_csv
 from dipo.judges import CLIPScore, HPSv2, Judge, PickScore
 from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
-from dipo.prompts import read_prompts
-from dipo.scores import Scores
-from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
-from dipo.study import Row, Study, eta_label, open_study
-from dipo.tables import mean_columns, print_table, win_columns
+from dipo.rows import read_rows, scheduled
+from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed, papers
+from dipo.study import Row, Study, eta_label, open_study, score_folders
+from dipo.tables import gap_column, mean_columns, print_table, win_columns
 from dipo.timesteps import successive
 
 
@@ -72,22 +72,20 @@ class Settings(StudySettings):
     """DIPO's steps"""
     baseline_steps: tuple[int, ...] = (500, 800)
     """Diffusion-DPO's steps; all else is compared with the first of them"""
-    samplers: tuple[Literal["dpmsolver++", "unipc", "euler"], ...] = ()
-    """other samplers beside them"""
-    sampler_steps: tuple[int, ...] = (20, 30)
-    """the other samplers' steps"""
+    rows: tuple[str, ...] = ()
+    """YAML files of more rows: other samplers, distilled LoRAs; the form is that of rows/training_free.yaml"""
+    margin: float = 0.1
+    """two rows are equivalent if their mean scores differ by less, in standard deviations between the baseline's prompts"""
     eta: float = 0.0
     """DIPO's share of the ancestral noise, 0 to 1; Diffusion-DPO's is 1"""
 
 
-SAMPLERS = {
-    "dpmsolver++": ("DPM-Solver++ 2M", diffusers.DPMSolverMultistepScheduler),
-    "unipc": ("UniPC", diffusers.UniPCMultistepScheduler),
-    "euler": ("Euler", diffusers.EulerDiscreteScheduler),
-}
 # What --demo sets besides the demo's models, wherever the command line left the default.
-DEMO = {"prompts": "assets/demo/prompts", "limit": 8, "batch_size": 12, "samplers": tuple(SAMPLERS)}
-DEMO |= {"output_dir": "generated_images/compare_quality/demo"}
+DEMO = {"prompts": "assets/demo/prompts", "limit": 18, "batch_size": 12, "rows": ("rows/training_free.yaml",)}
+DEMO |= {"steps": (20, 30, 50), "baseline_steps": (500,), "output_dir": "generated_images/demo/compare_quality"}
+# What --paper sets: the terms of Table 1 (docs/paper.md).
+PAPER_TERMS = {"prompts": "parti", "guidance_scale": 5.0, "steps": (20, 30, 50), "baseline_steps": (500, 300, 800)}
+PAPER_TERMS |= {"seed": 42, "one_seed": True, "output_dir": "generated_images/paper/compare_quality"}
 # Table 1 of the paper: PickScore, seconds per image and speed-up as printed (126.28 s / 5.34 s is 23.65).
 PAPER = {
     ("DIPO", 20, 0): (22.0609, 5.34, 23.80),
@@ -125,12 +123,11 @@ def sample(pipe: DiffusionPipeline, batch: Batch, tau: list[int], eta: float, w:
 
 
 @torch.no_grad()
-def sample_by(pipe: DiffusionPipeline, batch: Batch, scheduler, steps: int, w: float) -> torch.Tensor:
-    """The same from the same initial noise by a deterministic scheduler of diffusers."""
+def sample_by(pipe: DiffusionPipeline, batch: Batch, scheduler, eta: float, w: float) -> torch.Tensor:
+    """The same from the same initial noise by a scheduler of diffusers, whose own noise comes from the images' seeds too."""
     text = encode(pipe, batch, guided=w > 1)
-    scheduler.set_timesteps(steps, device=batch.device)
-    # Without it each scheduler looks its step up on the device, and waits.
-    scheduler.set_begin_index(0)
+    more = {"eta": eta, "generator": batch.generators}
+    more = {k: v for k, v in more.items() if k in signature(scheduler.step).parameters}
     x = batch.noise() * scheduler.init_noise_sigma
     with projected_once(pipe.unet, text):
         for t in batch.progress(scheduler.timesteps):
@@ -139,7 +136,7 @@ def sample_by(pipe: DiffusionPipeline, batch: Batch, scheduler, steps: int, w: f
             if w > 1:
                 e_uncond, e_cond = e.chunk(2)
                 e = e_uncond + w * (e_cond - e_uncond)
-            x = scheduler.step(e, t, x, return_dict=False)[0]
+            x = scheduler.step(e, t, x, **more, return_dict=False)[0]
     return x
 
 
@@ -158,42 +155,43 @@ def load_pipeline(s: Settings, device: torch.device, dtype: torch.dtype) -> Diff
 
 
 def make_images(s: Settings, study: Study) -> None:
-    """Sample what is missing, row by row."""
+    """Sample what is missing of the rows of one UNet, row by row."""
     pipe = load_pipeline(s, study.device, study.dtype)
-    for row, batch in study.batches(pipe):
+    for row, batch in study.batches(pipe, s):
+        own = row.of(s)
         with batch:
             with batch.timed("seconds_sampling"):
-                if row.scheduler is None:
-                    latents = sample(pipe, batch, batch.tau, row.eta, s.guidance_scale)
+                if row.scheduler == "ddim":
+                    latents = sample(pipe, batch, batch.tau, row.eta, own.guidance_scale)
                 else:
-                    scheduler = row.scheduler.from_config(pipe.scheduler.config, timestep_spacing=s.timestep_spacing)
-                    latents = sample_by(pipe, batch, scheduler, len(batch.tau), s.guidance_scale)
+                    config, n = pipe.scheduler.config, len(batch.tau)
+                    scheduler = scheduled(row, config, own.timestep_spacing, n, batch.device)
+                    latents = sample_by(pipe, batch, scheduler, row.eta, own.guidance_scale)
             with batch.timed("seconds_decoding"):
                 images = decode(pipe.vae, latents)
             batch.save(images)
 
 
 def study_rows(s: Settings) -> list[Row]:
-    """The rows of Table 1; UserError for a sampler's steps that would not start near the last timestep."""
-    rows = [Row(f"dipo-{n}", f"DIPO, {n} steps{eta_label(s.eta)}", n, s.eta, group="DIPO") for n in s.steps]
-    rows += [Row(f"diffusion-dpo-{n}", f"Diffusion-DPO, {n} steps", n, 1.0, group="Diffusion-DPO") for n in s.baseline_steps]
-    for key, n in ((key, n) for key in dict.fromkeys(s.samplers) for n in s.sampler_steps):
-        name, cls = SAMPLERS[key]
-        rows.append(Row(f"{key}-{n}", f"{name}, {n} steps", n, 0.0, name, cls, group=name))
-        # Whole-number strides leave the noisiest timesteps out where there are many steps.
-        scheduler = cls(timestep_spacing=s.timestep_spacing, steps_offset=1)
-        scheduler.set_timesteps(n)
-        if scheduler.timesteps[0] < 1000 - 2.5 * 1000 / n:
-            first = f"{n} {s.timestep_spacing} steps of {key} would start at t = {scheduler.timesteps[0]:.0f}"
-            raise cli.UserError(f"--sampler-steps: {first} from pure noise; use fewer, or --timestep-spacing trailing")
-    return rows
+    """The rows of Table 1, and those of the files --rows."""
+    rows = [
+        Row(variant=f"dipo-{n}", label=f"DIPO, {n} steps{eta_label(s.eta)}", steps=n, eta=s.eta, group="DIPO")
+        for n in s.steps
+    ]
+    rows += [
+        Row(variant=f"diffusion-dpo-{n}", label=f"Diffusion-DPO, {n} steps", steps=n, eta=1.0, group="Diffusion-DPO")
+        for n in s.baseline_steps
+    ]
+    return rows + read_rows(s, rows)
 
 
 def report(s: Settings, study: Study, rows: list[Row], baseline: Row, images: pd.DataFrame) -> None:
-    """Table 1, win rates against the first row of Diffusion-DPO, quality over time, and the grid of Figure 1."""
+    """Table 1, win rates against the first row of Diffusion-DPO, which rows are as good as it, quality over UNet calls and
+    time, and the grid of Figure 1."""
     judges, variants = study.scores.judges, [r.variant for r in rows]
+    about = [(r.label, r.steps, r.eta, (r.calls or r.steps) * (1 + (r.of(s).guidance_scale > 1))) for r in rows]
+    about = pd.DataFrame(about, columns=["label", "steps", "eta", "unet_calls"])
     means = stats.means(images, variants, study.scores.names, baseline.variant)
-    about = pd.DataFrame([(r.label, r.steps, r.eta) for r in rows], columns=["label", "steps", "eta"])
     times = pd.DataFrame([image_seconds(images[images["variant"] == v]) for v in variants])
     table = pd.concat([about, means, times], axis=1)
     reference = table[table["variant"] == baseline.variant].iloc[0]
@@ -203,13 +201,17 @@ def report(s: Settings, study: Study, rows: list[Row], baseline: Row, images: pd
     table[["paper_pickscore", "paper_seconds", "paper_speed_up"]] = pd.DataFrame(paper, dtype=float)
     if baseline.steps != 500:
         table["paper_speed_up"] = np.nan
-    wins = pd.DataFrame(
-        {"sampler": row.label, "score": judge.label, **stats.wins(images, row.variant, baseline.variant, judge.name)}
-        for row in rows
-        for judge in judges
-        if row is not baseline
-    )
-    print_report(study, table, wins, baseline)
+    wins, equal = [], []
+    for row, judge in ((row, judge) for row in rows for judge in judges if row is not baseline):
+        about, pair = {"sampler": row.label, "score": judge.label}, (images, row.variant, baseline.variant, judge.name)
+        wins.append(about | stats.wins(*pair, judge.logit))
+        equal.append(about | {"group": row.group, "steps": row.steps} | stats.equivalence(*pair, s.margin))
+    wins, equal = pd.DataFrame(wins), stats.verdicts(pd.DataFrame(equal))
+    print_report(s, study, table, wins, baseline)
+    print_equivalence(s, equal, baseline)
+    correlation = images[study.scores.names].corr("spearman").assign(score=[j.label for j in judges])
+    columns = {"score": "score"} | {j.label: (j.name, ".2f") for j in judges}
+    print_table("Spearman's rank correlation of the judges over all images", correlation, columns)
 
     # Figure 1: DIPO's row nearest to 30 steps above Diffusion-DPO's longest.
     shown = [min((r for r in rows if r.group == "DIPO"), key=lambda r: abs(r.steps - 30))]
@@ -217,29 +219,47 @@ def report(s: Settings, study: Study, rows: list[Row], baseline: Row, images: pd
     study.finish(
         write_csv(study.folder / "table1.csv", table),
         write_csv(study.folder / "wins.csv", wins),
-        save_plot(plot_quality(table, rows, judges, baseline), study.folder / "quality.png", s.demo),
+        write_csv(study.folder / "equivalence.csv", equal),
+        save_plot(plot_quality(table, equal, rows, judges, baseline), study.folder / "quality.png", s.demo),
         *study.grid("grid", shown, images),
     )
 
 
-def print_report(study: Study, table: pd.DataFrame, wins: pd.DataFrame, baseline: Row) -> None:
+def print_report(s: Settings, study: Study, table: pd.DataFrame, wins: pd.DataFrame, baseline: Row) -> None:
     """Quality, times and wins as text."""
+    theirs = papers(s, PAPER_TERMS)
     columns = {"sampler": "label", "n": "n"} | mean_columns(study.scores.judges, f"{baseline.steps} steps")
-    columns |= {"paper's PickScore": ("paper_pickscore", ".4f")}
+    columns |= {f"{theirs}: PickScore": ("paper_pickscore", ".4f")}
     print_table("Quality: means over prompts with 95 % bootstrap intervals, paired for differences", table, columns)
     columns = {
         "sampler": "label",
+        "UNet calls": "unet_calls",
         "batch": "batch_size",
         "n batches": "batches",
         "sampling, s per image": ("seconds_sampling", ".3f", "seconds_low", "seconds_high"),
         "decoding, s": ("seconds_decoding", ".3f"),
         "speed-up (none: other batch or device)": ("speed_up", ".2fx"),
-        "paper's s per image": ("paper_seconds", ".2f"),
-        "paper's speed-up": ("paper_speed_up", ".2fx"),
+        f"{theirs}: s per image": ("paper_seconds", ".2f"),
+        f"{theirs}: speed-up": ("paper_speed_up", ".2fx"),
     }
-    print_table(f"Time on {', '.join(table['device'].unique())}; the speed-up counts sampling and decoding", table, columns)
+    title = f"Time on {', '.join(table['device'].unique())}; a guided step is two calls, the speed-up counts decoding too"
+    print_table(title, table, columns)
     title = f"Wins over {baseline.label}: same prompts and noise{study.pairs_note()}"
     print_table(title, wins, {"sampler": "sampler", "score": "score"} | win_columns())
+
+
+def print_equivalence(s: Settings, equal: pd.DataFrame, baseline: Row) -> None:
+    """The verdicts as text, and the fewest steps of DIPO that are no worse by each score."""
+    name, digits = gap_column(equal)
+    columns = {"sampler": "sampler", "score": "score", "verdict": "verdict", "mean difference": (name, digits)}
+    columns |= {"margin": ("margin", [d.lstrip("+") for d in digits]), "p (differ by the margin)": ("p_equal", ".2g")}
+    columns |= {"p (no difference)": ("p_different", ".2g"), "prompts to decide": "n_needed"}
+    shown = equal.assign(n_needed=equal["n_needed"].where(equal["verdict"] == "not decided").astype("Int64").astype(object))
+    title = f"As good as {baseline.label}? Within {s.margin:g} standard deviations between {equal['n'].max()} prompts"
+    print_table(f"{title}; p corrected by Holm for the whole table", shown, columns)
+    for score, part in equal[equal["group"] == "DIPO"].groupby("score", sort=False):
+        good = part[part["verdict"].isin(("equivalent", "better"))]["steps"]
+        print(f"Fewest steps of DIPO that are no worse by {score}: {good.min() if len(good) else 'not decided'}")
 
 
 def image_seconds(images: pd.DataFrame) -> dict:
@@ -254,65 +274,34 @@ def image_seconds(images: pd.DataFrame) -> dict:
     return times | {"batch_size": size, "batches": len(batches), "device": device}
 
 
-def plot_quality(table: pd.DataFrame, rows: list[Row], judges: list[Judge], baseline: Row) -> Figure:
-    """Each score's paired difference from the baseline row over seconds per image, the steps beside each point, and the
-    Pareto front."""
-    figure = Figure(figsize=(5.6 * len(judges), 4.8), layout="constrained")
-    # Colour, marker, and the end of the interval that the steps are written at.
-    kinds = {"DIPO": (BLUE, "o", 1), "Diffusion-DPO": (ORANGE, "s", 1), "Euler": (SKY, "D", 0)}
-    kinds |= {"DPM-Solver++ 2M": (GREEN, "^", 1), "UniPC": (PURPLE, "v", 0)}
-    groups = dict(list(table.groupby([r.group for r in rows])))
-    for axes, judge in zip(np.atleast_1d(figure.subplots(1, len(judges))), judges, strict=True):
-        name = f"{judge.name}_difference"
-        points = sorted(zip(table["seconds"], table[name], strict=True))
-        front = [p for i, p in enumerate(points) if all(p[1] > q[1] for q in points[:i])]
-        x, y = [*(p[0] for p in front), points[-1][0]], [*(p[1] for p in front), front[-1][1]]
-        axes.step(x, y, where="post", color=GREY, linestyle=":", label="best so far (Pareto front)", zorder=1)
-        axes.axhline(0, color=ORANGE, linewidth=0.8, zorder=1)
-        for group, (colour, marker, end) in ((g, k) for g, k in kinds.items() if g in groups):
-            part = groups[group]
-            low, high = part[f"{name}_low"], part[f"{name}_high"]
-            bars = [part[name] - low, high - part[name]]
-            axes.errorbar(part["seconds"], part[name], bars, fmt=marker, color=colour, capsize=3, markersize=7, label=group)
-            place = {"xytext": (0, 5 if end else -5), "ha": "center", "va": "bottom" if end else "top"}
-            for steps, a, b in zip(part["steps"], part["seconds"], high if end else low, strict=True):
-                axes.annotate(str(steps), (a, b), textcoords="offset points", fontsize=11, color=colour, **place)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.1, y=0.1)
-        title = f"{judge.label}: paired differences, 95 %, n = {table['n'].iloc[0]} prompts"
-        y_label = f"{judge.label} minus that of {baseline.steps} steps"
-        describe(axes, title, "seconds per image, decoding included (log scale)", y_label)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=11)
+def plot_quality(table: pd.DataFrame, equal: pd.DataFrame, rows: list[Row], judges: list[Judge], baseline: Row) -> Figure:
+    """Each score's paired difference from the baseline row over UNet calls and seconds per image, and the margin."""
+    figure = Figure(figsize=(11, 3.9 * len(judges) + 0.8), layout="constrained")
+    styles = itertools.product("^vDPX*", (GREEN, PURPLE, SKY, "black"))
+    groups = dict(list(table.groupby([r.group for r in rows], sort=False)))
+    kinds = {
+        g: (BLUE, "o-") if g == "DIPO" else (ORANGE, "s") if g == "Diffusion-DPO" else next(styles)[::-1] for g in groups
+    }
+    panels = figure.subplots(len(judges), 2, sharex="col", sharey="row", squeeze=False)
+    for (left, right), judge in zip(panels, judges, strict=True):
+        name, margin = f"{judge.name}_difference", equal.loc[equal["score"] == judge.label, "margin"].iloc[0]
+        for axes, x in ((left, "unet_calls"), (right, "seconds")):
+            axes.axhspan(-margin, margin, color=GREY, alpha=0.25, label="as good as it: within the margin", zorder=0)
+            axes.axhline(0, color=ORANGE, linewidth=0.8, zorder=1)
+            for group, (colour, style) in kinds.items():
+                part = groups[group].sort_values(x)
+                bars = [part[name] - part[f"{name}_low"], part[f"{name}_high"] - part[name]]
+                axes.errorbar(part[x], part[name], bars, fmt=style, color=colour, capsize=3, markersize=7, label=group)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            describe(axes, f"{judge.label}, n = {table['n'].iloc[0]} prompts")
+        left.set_ylabel(f"less that of {baseline.steps} steps, 95 %", fontsize=12)
+    left.set_xlabel("UNet calls per image, two a guided step (log scale)", fontsize=12)
+    right.set_xlabel("seconds per image, decoding included (log scale)", fontsize=12)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=11)
     return figure
-
-
-def score_folders(s: Settings, judges: list[Judge]) -> None:
-    """Score folders of finished images and print their means, and win rates of the first one over the others."""
-    state, device = start(s.device)
-    given = s.folder_prompts and read_prompts(s.folder_prompts, s.parti, s.pickapic, "folder-prompts").to_dict("records")
-    found, tables = {folder: picture_records(folder, given) for folder in s.folders}, {}
-    for folder, records in found.items():
-        scores = Scores(find_path(folder), judges, dtype_for(s.dtype, device))
-        tables[folder] = scores.complete(records, state, device, s.scoring_batch_size).assign(variant=folder)
-    state.destroy_process_group()
-    if not state.is_main_process:
-        return
-    images = pd.concat(tables.values())
-    means = stats.means(images, list(found), [j.name for j in judges])
-    columns = {"folder": "variant", "n": "n"} | mean_columns(judges)
-    print_table("Means over prompts with 95 % bootstrap intervals", means, columns)
-    a, *others = found
-    for b in others:
-        both, alike = paired(images, a, b)
-        wins = pd.DataFrame({"score": j.label, **stats.wins(both, a, b, j.name)} for j in judges)
-        if wins["n"].any():
-            alike += "" if tables[a]["prompt"].is_unique else "; images of one prompt count as independent"
-            print_table(f"Wins of {a} over {b}, {alike}", wins, {"score": "score"} | win_columns())
-        else:
-            print(f"\n{a} and {b} have nothing in common ({alike}), so there is no win rate")
 
 
 def check_settings(s: Settings) -> None:
@@ -320,14 +309,15 @@ def check_settings(s: Settings) -> None:
     check_sampling(s)
     check_steps("steps", *s.steps)
     check_steps("baseline-steps", *s.baseline_steps)
-    check_steps("sampler-steps", *s.sampler_steps)
+    if not 0 < s.margin < math.inf:
+        raise cli.UserError(f"--margin {s.margin}: use a number above 0, such as 0.1 standard deviations")
     check_etas("eta", s.eta)
     if not s.folders and (s.folders is not None or s.folder_prompts):
         raise cli.UserError("--folders: name the folders to score")
 
 
 def main(s: Settings) -> None:
-    s = completed(s, DEMO)
+    s = completed(s, DEMO, PAPER_TERMS)
     check_settings(s)
     judges = [PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version)]
     judges += [CLIPScore(s.clip)] if s.clip else []
@@ -336,9 +326,9 @@ def main(s: Settings) -> None:
     s = fitted(s)
     rows = study_rows(s)
     baseline = next(r for r in rows if r.group == "Diffusion-DPO")
-    with open_study(s, rows, judges) as study:
-        if study.missing:
-            make_images(s, study)
+    with open_study(s, rows, judges, timing=True) as study:
+        for model in study.models():
+            make_images(model, study)
         there, images = study.results(baseline)
         if study.is_main:
             report(s, study, there, baseline, images)

@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -43,8 +44,8 @@ from dipo.models import (
     warn_of_long_prompts,
 )
 from dipo.prompts import one_line, read_prompts
-from dipo.settings import SamplingSettings, check_etas, check_sampling, check_steps, completed
-from dipo.timesteps import ddim_timesteps, noise_level, successive
+from dipo.settings import SamplingSettings, check_etas, check_sampling, check_steps, check_timesteps, completed
+from dipo.timesteps import noise_level, subsequence, successive
 
 
 @dataclass(kw_only=True)
@@ -62,6 +63,10 @@ class Settings(SamplingSettings):
 
     num_inference_steps: int = 30
     """DDIM steps, 1 to 1000"""
+    timestep_spacing: Literal["auto", "leading", "trailing", "linspace", "ays"] = "auto"
+    """auto: the base model's own, leading for SDXL; ays: Align Your Steps (Sabour et al. 2024), made for 10 steps"""
+    timesteps: tuple[int, ...] = ()
+    """the timesteps themselves instead, each below the one before, such as 999 845 730 587 443 310 193 116 53 13"""
     eta: float = 0.0
     """share of the ancestral noise, 0 (DDIM) to 1 (DDPM on the same timesteps)"""
     guidance_interval: tuple[float, float] | None = None
@@ -139,6 +144,7 @@ def wanted_images(s: Settings, prompts: list[str], dtype_name: str) -> tuple[dic
     common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae, *lora_names(s.dpo_lora))
     for name in ("num_inference_steps", "eta", "negative_prompt"):
         common[name] = getattr(s, name)
+    common["timesteps"] = list(s.timesteps)
     common["guidance_interval"] = s.guidance_interval and list(s.guidance_interval)
     wanted = {
         f"{i:05d}.png": {"prompt": prompts[i // s.images_per_prompt], "seed": s.seed + i} | common
@@ -150,14 +156,13 @@ def wanted_images(s: Settings, prompts: list[str], dtype_name: str) -> tuple[dic
 def make_images(s: Settings, todo: dict[Path, dict], state, device: torch.device, dtype: torch.dtype) -> None:
     """Sample this process's share of the missing images and save them."""
     pipe = load_pipeline(s, device, dtype)
-    trained = pipe.scheduler.config
-    tau = ddim_timesteps(s.num_inference_steps, s.timestep_spacing, trained.num_train_timesteps, trained.steps_offset)
+    tau = list(s.timesteps) or subsequence(pipe, s.num_inference_steps, s.timestep_spacing)
     low, high = s.guidance_interval or (0, math.inf)
     guided = [low < noise_level(a_t) <= high for _, a_t, _ in successive(pipe.scheduler, tau, device)]
     if state.is_main_process:
         warn_of_long_prompts(pipe, [*(r["prompt"] for r in todo.values()), s.negative_prompt])
         if tau[0] < 900:
-            first = f"{s.num_inference_steps} {s.timestep_spacing} steps start at t = {tau[0]}"
+            first = f"{len(tau)} {'given' if s.timesteps else s.timestep_spacing} steps start at t = {tau[0]}"
             cli.warn(f"{first}, not near 999; use --timestep-spacing trailing for so few")
         if s.guidance_interval:
             none = "" if any(guided) else "; that is --guidance-scale 1"
@@ -190,6 +195,9 @@ def check_settings(s: Settings) -> None:
     """Raise UserError for every value that can be judged without loading a model."""
     check_steps("num-inference-steps", s.num_inference_steps)
     check_etas("eta", s.eta)
+    check_timesteps(s.timesteps)
+    if s.timestep_spacing == "ays" and s.num_inference_steps > 50:
+        raise cli.UserError(f"--timestep-spacing ays: made for few steps, not {s.num_inference_steps}; use 50 or fewer")
     if s.guidance_interval:
         low, high = s.guidance_interval
         if not 0 <= low < high < math.inf:
@@ -206,6 +214,7 @@ def main(s: Settings) -> None:
     check_settings(s)
     s = fitted(s)
     s = replace(s, negative_prompt=one_line(s.negative_prompt))
+    s = replace(s, num_inference_steps=len(s.timesteps) or s.num_inference_steps)
     prompts = list(read_prompts(s.prompts, s.parti, s.pickapic)["prompt"]) if s.prompts else list(EXAMPLE_PROMPTS)
     prompts = prompts[: s.limit]
     state, device = start(s.device)

@@ -42,25 +42,28 @@ def plot_text(text: str, most: int = 24) -> str:
     return text.replace("$", r"\$")
 
 
-def plot_wins(table: pd.DataFrame, by: str, labels: list[str]) -> Figure:
-    """Bars of both sides' win rates with their intervals, grouped by a column of the table, a panel for each score.
-
-    table: rows of stats.wins with the columns score and by. labels name the two sides.
-    """
-    scores = list(dict.fromkeys(table["score"]))
-    figure = Figure(figsize=(max(11, 2.2 * len(table) / len(scores)), 4.8), layout="constrained")
-    for axes, score in zip(figure.subplots(1, len(scores), sharey=True), scores, strict=True):
-        rows = table[table["score"] == score]
-        x = np.arange(len(rows))
-        sides = ((-0.2, BLUE, "win_rate", "low", "high"), (0.2, ORANGE, "loss_rate", "loss_low", "loss_high"))
-        for label, (shift, colour, *columns) in zip(labels, sides, strict=True):
-            y, low, high = (100 * rows[c].to_numpy() for c in columns)
-            bars = np.maximum([y - low, high - y], 0)
-            axes.bar(x + shift, y, 0.38, yerr=bars, color=colour, capsize=4, label=label, zorder=2)
-        axes.axhline(50, color="black", linewidth=0.8, linestyle="--", zorder=3)
-        axes.set_xticks(x, [f"{plot_text(name)}\nn = {n}" for name, n in zip(rows[by], rows["n"], strict=True)])
-        axes.set_ylim(0, 105)
-        describe(axes, f"{score}: which picture scores higher", grid="y")
-    figure.axes[0].set_ylabel("wins in % of pairs, 95 % interval", fontsize=12)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=11)
+def plot_wins(table: pd.DataFrame, by: str, title: str, paper: dict[str, float] | None = None) -> Figure:
+    """How often the first side's picture is preferred, a row for each value of the column by, a panel for each score: the
+    share of pairs in which it scores higher, and the mean probability that the judge's own model gives it, with 95 %
+    intervals. table: rows of stats.wins with the columns score and by. paper: its figure in % by value of by."""
+    scores, paper = list(dict.fromkeys(table["score"])), paper or {}
+    figure = Figure(figsize=(11, 1.9 + 0.62 * len(table) / len(scores)), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(scores), sharey=True))
+    kinds = (("win_rate", "low", "high", "scores higher, % of pairs", GREY, "s"),)
+    kinds += (("probability", "probability_low", "probability_high", "mean probability of being preferred, %", BLUE, "o"),)
+    for axes, score in zip(panels, scores, strict=True):
+        rows = table[table["score"] == score].reset_index(drop=True)
+        for shift, (name, low, high, label, colour, marker) in zip((-0.16, 0.16), kinds, strict=True):
+            x = 100 * rows[name]
+            bars = np.maximum([x - 100 * rows[low], 100 * rows[high] - x], 0)
+            style = {"fmt": marker, "color": colour, "capsize": 4, "label": label, "zorder": 3}
+            axes.errorbar(x, rows.index + shift, xerr=bars, **style)
+        known = [(paper[value], i) for i, value in enumerate(rows[by]) if value in paper]
+        if known:
+            axes.plot(*zip(*known, strict=True), "x", color=ORANGE, markersize=9, label="the paper's figure", zorder=4)
+        axes.axvline(50, color="black", linewidth=0.8, linestyle="--")
+        axes.set_yticks(rows.index, [f"{plot_text(str(v))}\nn = {n}" for v, n in zip(rows[by], rows["n"], strict=True)])
+        axes.set(xlim=(-3, 103), ylim=(len(rows) - 0.5, -0.5))
+        describe(axes, f"{title}, by {score}", "%")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=11)
     return figure

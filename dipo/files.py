@@ -125,6 +125,8 @@ def infotext(record: dict) -> str:
     lines = [record["prompt"]]
     if record.get("dpo_lora"):
         fields["Lora"] = json.dumps(record["dpo_lora"])
+    if record.get("timesteps"):
+        fields["Timesteps"] = " ".join(map(str, record["timesteps"]))
     if record.get("guidance_interval"):
         fields["Guidance interval"] = "{:g}-{:g}".format(*record["guidance_interval"])
     if record["negative_prompt"]:

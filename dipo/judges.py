@@ -49,6 +49,7 @@ class Judge:
     name = label = source = ""
     digits = 4
     weights: tuple[str, ...] = ()
+    logit = ""
     model: torch.nn.Module | None = None
 
     def to(self, device: torch.device) -> None:
@@ -76,6 +77,7 @@ class PickScore(ClipJudge):
     """PickScore (Kirstain et al. 2023): the model's own scale, 100 once trained, times the cosine of image and text."""
 
     name, label, digits = "pickscore", "PickScore", 3
+    logit = "pickscore"
 
     def __init__(self, model: str, processor: str):
         self.paths, self.source, self.weights = (model, processor), f"{model} {processor}", (model,)

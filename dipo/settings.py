@@ -104,6 +104,10 @@ class SamplingSettings(ModelPaths):
 class StudySettings(SamplingSettings, JudgePaths):
     """What a study can be told besides."""
 
+    paper: bool = False
+    """the paper's terms (PAPER_TERMS at the top of the script) where the default was left"""
+    one_seed: bool = False
+    """draw the image of every prompt from --seed, as the paper does"""
     score_only: bool = False
     """sample nothing: score the images that are there and make the tables of them"""
     categories: tuple[str, ...] = ()
@@ -116,20 +120,28 @@ class StudySettings(SamplingSettings, JudgePaths):
     """images scored together"""
 
 
-def completed(s, demo: dict):
+def completed(s, demo: dict, paper: dict | None = None):
     """The settings with what follows from others: a LoRA alone goes on the base model's own UNet, which is said; --demo sets
-    DEMO_PATHS and the script's own demo wherever the default was left."""
+    DEMO_PATHS and the script's own demo wherever the default was left, and --paper the paper's terms (but not its prompts
+    where both are given)."""
     default, given = {f.name: f.default for f in fields(s)}, getattr(s, "given", ())
     if getattr(s, "dpo_lora", ()) and s.dpo_unet == default["dpo_unet"] and "dpo_unet" not in given:
         if s.dpo_unet and not s.demo:
             warn(f"--dpo-lora goes on the base model's own UNet; --dpo-unet {s.dpo_unet} beside it would put it on that one")
         s = replace(s, dpo_unet="")
-    if not s.demo:
-        return s
-    if not find_path(DEMO_PATHS["base_model"]):
+    if s.demo and not find_path(DEMO_PATHS["base_model"]):
         raise UserError(f"--demo needs {DEMO_PATHS['base_model']} beside dipo/: run it inside a clone of the repository")
-    small = {k: v for k, v in DEMO_PATHS.items() if k in default} | demo
-    return replace(s, **{k: v for k, v in small.items() if getattr(s, k) == default[k]})
+    chosen = paper if paper and s.paper else {}
+    if s.demo:
+        chosen = DEMO_PATHS | demo | {k: v for k, v in chosen.items() if k != "prompts"}
+    return replace(s, **{k: v for k, v in chosen.items() if k in default and getattr(s, k) == default[k] and k not in given})
+
+
+def papers(s: StudySettings, terms: dict) -> str:
+    """How a table calls the paper's figures: whether prompts, guidance and seeds, as far as its terms name them, are its."""
+    names = ("prompts", "guidance_scale", "seed", "one_seed")
+    same = not s.demo and all(getattr(s, k) == terms[k] for k in names if k in terms)
+    return "paper's" if same else "paper's, on other terms"
 
 
 def check_sampling(s: SamplingSettings) -> None:
@@ -160,6 +172,11 @@ def check_steps(flag: str, *steps: int) -> None:
     if not all(1 <= n <= 1000 for n in steps):
         raise UserError(f"--{flag} {' '.join(map(str, steps))}: use 1 to 1000, as SDXL was trained on 1000")
     check_different(flag, *steps)
+
+
+def check_timesteps(tau: tuple[int, ...]) -> None:
+    if not all(isinstance(t, int) and 0 <= t < before for t, before in zip(tau, (1000, *tau), strict=False)):
+        raise UserError(f"--timesteps {' '.join(map(str, tau))}: give numbers from 999 down to 0, each below the one before")
 
 
 def check_etas(flag: str, *etas: float) -> None:

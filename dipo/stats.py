@@ -4,7 +4,10 @@ import math
 
 import numpy as np
 import pandas as pd
+import scipy.special
 import scipy.stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
 
 
 def mean_interval(values) -> tuple[float, float, float]:
@@ -62,10 +65,51 @@ def win_rate(a, b) -> dict[str, float]:
     return result | {"loss_low": float(lost.low), "loss_high": float(lost.high), "p": float(p)}
 
 
-def wins(images: pd.DataFrame, a: str, b: str, name: str) -> dict[str, float]:
-    """win_rate of one variant's images over another's of the same prompt and seed, and the mean difference of their scores
-    over prompts with its 95 % interval: difference, difference_low, difference_high."""
+def wins(images: pd.DataFrame, a: str, b: str, name: str, logit: str = "") -> dict[str, float]:
+    """win_rate of one variant's images over another's of the same prompt and seed, and, each with its 95 % interval over
+    prompts (_low, _high), the mean difference of their scores and the mean probability that the judge's own model gives a's
+    image: the logistic function of the difference of the column logit; nan without one."""
     scores = by_variant(images, name).reindex(columns=[a, b]).dropna()
     _, *gap = prompt_means(scores[a] - scores[b])
-    ends = ("difference", "difference_low", "difference_high")
-    return win_rate(scores[a], scores[b]) | dict(zip(ends, gap, strict=True))
+    logits = by_variant(images, logit or name).reindex(columns=[a, b]).dropna()
+    _, *chosen = prompt_means(scipy.special.expit(logits[a] - logits[b])) if logit else (0, *[math.nan] * 3)
+    result = win_rate(scores[a], scores[b])
+    for key, values in (("difference", gap), ("probability", chosen)):
+        result |= dict(zip((key, f"{key}_low", f"{key}_high"), values, strict=True))
+    return result
+
+
+def equivalence(images: pd.DataFrame, a: str, b: str, name: str, margin: float) -> dict[str, float]:
+    """Whether two variants' mean scores are as good as the same: two one-sided t-tests (Schuirmann 1987), paired by prompts.
+
+    margin: how far the means may differ, in standard deviations of b's scores between prompts; it comes back in the score's
+    own units. n: prompts. difference: of the means, a less b. p_equal: of the hypothesis that it lies outside the margin;
+    p_different: that it is none (two-sided t-test). n_needed: the prompts with which two equal variants are found equivalent
+    at 5 % in 80 % of all studies, one test taken alone. All nan for fewer than two prompts.
+    """
+    each = by_variant(images, name).reindex(columns=[a, b]).dropna().groupby(level="prompt", sort=False).mean()
+    gap, margin = each[a] - each[b], margin * each[b].std()
+    result = {"n": len(each), "difference": gap.mean(), "margin": margin}
+    if not margin > 0:
+        return result | dict.fromkeys(("p_equal", "p_different", "n_needed"), math.nan)
+    if gap.std() == 0:
+        return result | {"p_equal": float(abs(gap.mean()) >= margin), "p_different": float(gap.mean() == 0), "n_needed": 2}
+    p_equal = ttost_paired(each[a], each[b], -margin, margin)[0]
+    p_different = scipy.stats.ttest_rel(each[a], each[b]).pvalue
+    # Each one-sided test has to succeed in 90 % of the studies; Guenther 1981's approximation for the paired t-test.
+    at, power = scipy.stats.norm.ppf((0.95, 0.9))
+    needed = ((at + power) * gap.std() / margin) ** 2 + at**2 / 2
+    return result | {"p_equal": p_equal, "p_different": p_different, "n_needed": math.ceil(needed)}
+
+
+def verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of equivalence with both p values as Holm (1979) corrects them for all tests of the table together, and a verdict
+    (5 % for the whole table): equivalent (within the margin, whatever the difference), better, worse, or not decided."""
+    p = table[["p_equal", "p_different"]].to_numpy(dtype=np.float64)
+    known = ~np.isnan(p)
+    if known.any():
+        p[known] = multipletests(p[known], method="holm")[1]
+    equal, different = (p < 0.05).T
+    kinds = [equal, different & (table["difference"] > 0), different]
+    verdict = np.select(kinds, ["equivalent", "better", "worse"], "not decided")
+    return table.assign(p_equal=p[:, 0], p_different=p[:, 1], verdict=verdict)

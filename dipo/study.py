@@ -1,8 +1,11 @@
 """What a study wants, what of it is finished, and what its rows have in common."""
 
 import contextlib
+import json
+import os
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,40 +13,66 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
+from dipo import stats
 from dipo.batches import Batches, RunBatch
 from dipo.cli import UserError
 from dipo.devices import DTYPES, claimed, dtype_for, start
-from dipo.files import fingerprint, finished_images, writable_folder
+from dipo.files import find_path, finished_images, read_record, writable_folder, written_whole
+from dipo.folders import paired, picture_records
 from dipo.grids import remove_grids, save_grids
 from dipo.judges import Judge
 from dipo.models import image_settings, warn_of_long_prompts
 from dipo.prompts import by_category, read_prompts
 from dipo.scores import Scores
 from dipo.settings import StudySettings
-from dipo.timesteps import ddim_timesteps
+from dipo.tables import mean_columns, print_table, win_columns
+from dipo.timesteps import subsequence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One side of a comparison: a UNet under a sampler."""
+    """One side of a comparison: a UNet under a sampler. What is None is as the settings have it."""
 
     variant: str  # its folder
     label: str  # what tables and pictures call it
-    steps: int
-    eta: float = 0.0
-    sampler: str = "DDIM"  # what its images say they were made with
-    scheduler: type | None = None  # a class of diffusers; None: DDIM by the script's own loop
-    base_unet: bool = False  # the base model's own UNet instead of the tuned one
     group: str = ""  # what it is drawn with in plots
+    steps: int
+    calls: int = 0  # of the UNet, where they are not as many as the steps
+    eta: float = 0.0
+    seed: int = 0  # added to the settings' seed
+    scheduler: str = "ddim"  # the script's own loop, or a class of diffusers
+    options: dict = field(default_factory=dict)  # the keywords of that class
+    timesteps: tuple[int, ...] = ()  # tau itself, instead of a spacing
+    guidance_scale: float | None = None
+    timestep_spacing: str | None = None
+    dpo_unet: str | None = None
+    dpo_lora: tuple[str, ...] | None = None
+
+    def of(self, s: StudySettings) -> StudySettings:
+        """The settings with what the row has of its own."""
+        own = {k: getattr(self, k) for k in ("guidance_scale", "timestep_spacing", "dpo_unet", "dpo_lora")}
+        return replace(s, **{k: v for k, v in own.items() if v is not None})
+
+    @property
+    def sampler(self) -> str:
+        """What its images say they were made with."""
+        return " ".join(
+            ["DDIM" if self.scheduler == "ddim" else self.scheduler, *(f"{k}={v}" for k, v in self.options.items())]
+        )
+
+    def tau(self, pipe: DiffusionPipeline, spacing: str) -> list[int]:
+        return list(self.timesteps) or subsequence(pipe, self.steps, spacing)
 
 
 @contextlib.contextmanager
-def open_study(s: StudySettings, rows: list[Row], judges: list[Judge]):
-    """A Study whose folder is held while it is open. Says what of it is there; loads the judges if images are missing."""
-    study = Study(s, rows, judges)
+def open_study(s: StudySettings, rows: list[Row], judges: list[Judge], timing: bool = False):
+    """A Study whose folder is held while it is open. Says what of it is there; loads the judges if images are missing.
+
+    timing: its tables are of times too, so it makes every image itself. Others take those that a study beside them has."""
+    study = Study(s, rows, judges, timing)
     with claimed(study.folder, study.state):
         study.look()
-        ahead = sum(row.steps * len(study.share(row)) for row in rows)
+        ahead = sum((row.calls or row.steps) * len(study.share(row)) for row in rows)
         shown = study.state.is_local_main_process
         with tqdm(total=ahead, unit="step", unit_scale=True, disable=not (ahead and shown)) as study.bar:
             yield study
@@ -54,8 +83,8 @@ class Study:
     """The images of a study's rows, and their scores by its judges, in the folder --output-dir. Image i has the same prompt
     and seed, and so the same initial noise, under every row. The processes of an accelerate launch share the work."""
 
-    def __init__(self, s: StudySettings, rows: list[Row], judges: list[Judge]):
-        self.s, self.rows = s, rows
+    def __init__(self, s: StudySettings, rows: list[Row], judges: list[Judge], timing: bool):
+        self.s, self.rows, self.timing = s, rows, timing
         self.prompts = by_category(read_prompts(s.prompts, s.parti, s.pickapic), s.categories, s.limit, s.prompts)
         self.state, self.device = start(s.device)
         dtype_name = dtype_for(s.dtype, self.device)
@@ -67,32 +96,56 @@ class Study:
     def wanted_images(self, dtype_name: str) -> dict[str, dict]:
         """The settings of every image by its file in the folder."""
         s, wanted, prompts = self.s, {}, self.prompts.to_dict("records")
-        common = image_settings(s, dtype_name)
-        if s.score_only:
-            # Images may have been made on another machine than the one that scores them.
-            del common["dtype"]
-        base = {"dpo_unet": "", "dpo_lora": "", "weights": fingerprint(s.base_model, s.vae)}
         for row in self.rows:
-            settings = common | {"num_inference_steps": row.steps, "eta": row.eta, "sampler": row.sampler}
-            settings |= base if row.base_unet else {}
+            settings = image_settings(row.of(s), dtype_name)
+            if s.score_only:
+                # Images may have been made on another machine than the one that scores them.
+                del settings["dtype"]
+            settings |= {"num_inference_steps": row.steps, "eta": row.eta, "sampler": row.sampler}
+            settings["timesteps"] = list(row.timesteps)
             for i in range(len(prompts) * s.images_per_prompt):
-                wanted[f"{row.variant}/{i:05d}.png"] = prompts[i // s.images_per_prompt] | {"seed": s.seed + i} | settings
+                number, copy = divmod(i, s.images_per_prompt)
+                seed = s.seed + row.seed + (copy if s.one_seed else i)
+                wanted[f"{row.variant}/{i:05d}.png"] = prompts[number] | {"seed": seed} | settings
         return wanted
 
     def look(self) -> None:
-        """See what is finished and what is missing."""
-        done = finished_images(self.folder, self.wanted, self.s.overwrite)
-        self.missing = {} if self.s.score_only else {f: r for f, r in self.wanted.items() if f not in done}
+        """See what is finished, take what a study beside this one has, and see what is missing."""
+        s, taken = self.s, 0
+        done = finished_images(self.folder, self.wanted, s.overwrite)
+        self.missing = {} if s.score_only else {f: r for f, r in self.wanted.items() if f not in done}
         # Every process has to have looked before the first one writes.
         self.state.wait_for_everyone()
         if self.is_main:
             self.clean_up()
-            none = ", none are made" if self.s.score_only else ""
-            print(f"{len(done)} of {len(self.wanted)} images are in {self.folder}{none}")
+            taken = 0 if self.timing else self.take()
+            more = ", none are made" if s.score_only else f", {taken} of them taken from studies beside it" * (taken > 0)
+            print(f"{len(done) + taken} of {len(self.wanted)} images are in {self.folder}{more}")
         self.state.wait_for_everyone()
+        taken = finished_images(self.folder, self.missing, overwrite=True)
+        self.missing = {f: r for f, r in self.missing.items() if f not in taken}
         if self.missing:
             # Before the images are made, so that a wrong path shows at once and not hours later.
             self.scores.load_judges()
+
+    def take(self) -> int:
+        """Take what is missing from other studies under the same parent folder, as hard links or copies; how many."""
+        if not self.missing:
+            return 0
+        # A setting that is empty and one that an older version did not have are the same.
+        keys = sorted({k for r in self.missing.values() for k in r})
+
+        def key(record: dict) -> str:
+            return json.dumps([record.get(k) or None for k in keys])
+
+        ours = self.folder.absolute()
+        paths = [p for p in ours.parent.glob("*/*/[0-9]*.png") if p.parents[1] != ours]
+        there = {key(record): path for path in paths if (record := read_record(path))}
+        taken = {f: there[key(r)] for f, r in self.missing.items() if key(r) in there}
+        for file, path in taken.items():
+            with written_whole(self.folder / file) as part:
+                link_or_copy(path, part)
+        return len(taken)
 
     def clean_up(self) -> None:
         """Remove what a killed run of ours left half-written, and grids that this one makes anew; make the rows' folders."""
@@ -115,20 +168,26 @@ class Study:
         files = files[self.state.process_index :: self.state.num_processes]
         return {self.folder / f: self.missing[f] for f in files}
 
-    def unfinished(self, base_unet: bool = False) -> list[Row]:
-        """The rows, of the tuned or of the base UNet, of which this process has images to make."""
-        return [row for row in self.rows if row.base_unet == base_unet and self.share(row)]
+    def models(self) -> list[StudySettings]:
+        """The settings that load each UNet, with its LoRAs, of which this process has images to make."""
+        own = [row.of(self.s) for row in self.rows if self.share(row)]
+        pairs = dict.fromkeys((s.dpo_unet, s.dpo_lora) for s in own)
+        return [replace(self.s, dpo_unet=unet, dpo_lora=lora) for unet, lora in pairs]
 
-    def batches(self, pipe: DiffusionPipeline, base_unet: bool = False) -> Iterator[tuple[Row, RunBatch]]:
-        """The missing images of one UNet's rows, row by row and batch by batch, after warm-ups that are not timed."""
+    def batches(self, pipe: DiffusionPipeline, model: StudySettings) -> Iterator[tuple[Row, RunBatch]]:
+        """The missing images of the rows of one of models(), row by row and batch by batch, after warm-ups that are not
+        timed."""
         if self.is_main:
             warn_of_long_prompts(pipe, list(self.prompts["prompt"]))
-        trained, size, warm = pipe.scheduler.config, self.s.batch_size, {}
-        for row in self.unfinished(base_unet):
+        size, warm = self.s.batch_size, {}
+        for row in self.rows:
+            s, share = row.of(self.s), self.share(row)
+            if not share or (s.dpo_unet, s.dpo_lora) != (model.dpo_unet, model.dpo_lora):
+                continue
             self.bar.set_description(row.label)
-            spacing = (self.s.timestep_spacing, trained.num_train_timesteps, trained.steps_offset)
-            tau, known = ddim_timesteps(row.steps, *spacing), warm.setdefault(row.sampler, set())
-            run = Batches(pipe, self.share(row), tau, size, self.bar, self.s.compile, warm=known)
+            known = warm.setdefault((row.sampler, s.guidance_scale > 1), set())
+            tau = row.tau(pipe, s.timestep_spacing)
+            run = Batches(pipe, share, tau, size, self.bar, s.compile, warm=known)
             for batch in run:
                 yield row, batch
             # What did not fit once is not tried again.
@@ -185,3 +244,36 @@ class Study:
 
 def eta_label(eta: float) -> str:
     return f", η = {eta:g}" if eta else ""
+
+
+def link_or_copy(path: Path, to: Path) -> None:
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copy2(path, to)
+
+
+def score_folders(s: StudySettings, judges: list[Judge]) -> None:
+    """Score folders of finished images and print their means, and win rates of the first one over the others."""
+    state, device = start(s.device)
+    given = s.folder_prompts and read_prompts(s.folder_prompts, s.parti, s.pickapic, "folder-prompts").to_dict("records")
+    found, tables = {folder: picture_records(folder, given) for folder in s.folders}, {}
+    for folder, records in found.items():
+        scores = Scores(find_path(folder), judges, dtype_for(s.dtype, device))
+        tables[folder] = scores.complete(records, state, device, s.scoring_batch_size).assign(variant=folder)
+    state.destroy_process_group()
+    if not state.is_main_process:
+        return
+    images = pd.concat(tables.values())
+    means = stats.means(images, list(found), [j.name for j in judges])
+    columns = {"folder": "variant", "n": "n"} | mean_columns(judges)
+    print_table("Means over prompts with 95 % bootstrap intervals", means, columns)
+    a, *others = found
+    for b in others:
+        both, alike = paired(images, a, b)
+        wins = pd.DataFrame({"score": j.label, **stats.wins(both, a, b, j.name)} for j in judges)
+        if wins["n"].any():
+            alike += "" if tables[a]["prompt"].is_unique else "; images of one prompt count as independent"
+            print_table(f"Wins of {a} over {b}, {alike}", wins, {"score": "score"} | win_columns())
+        else:
+            print(f"\n{a} and {b} have nothing in common ({alike}), so there is no win rate")

@@ -49,9 +49,9 @@ def mean_columns(judges: list[Judge], than: str = "") -> dict:
 
 
 def win_columns(a: str = "wins", b: str = "losses") -> dict:
-    """Both sides of stats.wins, called a and b."""
+    """Both sides of stats.wins, called a and b, and how sure the judge is of the first."""
     sides = {a: ("win_rate", ".1f%", "low", "high"), b: ("loss_rate", ".1f%", "loss_low", "loss_high")}
-    return {"n": "n"} | sides | {"ties": "ties", "p": ("p", ".2g")}
+    return {"n": "n"} | sides | {"ties": "ties", "p": ("p", ".2g"), f"{a}: mean probability": ("probability", ".1f%")}
 
 
 def gap_column(table: pd.DataFrame) -> tuple:

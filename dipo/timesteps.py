@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from diffusers.schedulers.scheduling_utils import AysSchedules
 
 
 def ddim_timesteps(steps: int, spacing: str, train_steps: int = 1000, offset: int = 1) -> list[int]:
@@ -30,6 +31,24 @@ def ddim_timesteps(steps: int, spacing: str, train_steps: int = 1000, offset: in
     else:
         tau = np.round(np.linspace(train_steps - 1, 0, steps))
     return [int(t) for t in tau]
+
+
+def subsequence(pipe, steps: int, spacing: str) -> list[int]:
+    """tau for a pipeline, descending: ddim_timesteps by its scheduler's configuration, or Align Your Steps for "ays"."""
+    trained = pipe.scheduler.config
+    if spacing != "ays":
+        return ddim_timesteps(steps, spacing, trained.num_train_timesteps, trained.steps_offset)
+    family = "StableDiffusionXL" if hasattr(pipe, "text_encoder_2") else "StableDiffusion"
+    return align_your_steps(steps, pipe.scheduler, AysSchedules[f"{family}Timesteps"])
+
+
+def align_your_steps(steps: int, scheduler, known: list[int]) -> list[int]:
+    """Align Your Steps (Sabour et al. 2024): known are the ten timesteps that were optimised for a model; for other counts
+    its authors take their noise levels, the end of the last step with them, log-linearly. steps: 1 to 50, beyond which
+    timesteps would fall together."""
+    sigma = np.log((1 / scheduler.alphas_cumprod.double().numpy() - 1) ** 0.5)
+    wanted = np.interp(np.arange(steps) / steps, np.linspace(0, 1, len(known) + 1), sigma[[*known, 0]])
+    return [int(t) for t in np.round(np.interp(wanted, sigma, np.arange(len(sigma))))]
 
 
 def successive(scheduler, tau: list[int], device: torch.device) -> list[tuple[torch.Tensor, float, float]]:
