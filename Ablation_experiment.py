@@ -64,7 +64,7 @@ class Settings(StudySettings):
 
 
 # What --demo sets besides the demo's models, wherever the command line left the default.
-DEMO = {"prompts": "assets/demo/prompts", "limit": 36, "batch_size": 12, "etas": (0.0, 0.25, 0.5, 0.75, 1.0), "redraws": 2}
+DEMO = {"prompts": "assets/demo/prompts", "limit": 36, "batch_size": 12, "etas": (0.0, 0.25, 0.5, 0.75, 1.0), "redraws": 4}
 DEMO |= {"output_dir": "generated_images/demo/Ablation_experiment"}
 # What --paper sets: the terms of Figure 3, whose five rows were all drawn at eta = 0, without seeds (docs/paper.md).
 PAPER_TERMS = {"prompts": "parti", "guidance_scale": 7.5, "num_inference_steps": 30, "etas": (0.0, 0.2, 0.5, 0.7, 1.0)}

@@ -82,7 +82,7 @@ class Settings(StudySettings):
 
 # What --demo sets besides the demo's models, wherever the command line left the default.
 DEMO = {"prompts": "assets/demo/prompts", "limit": 18, "batch_size": 12, "rows": ("rows/training_free.yaml",)}
-DEMO |= {"steps": (20, 30, 50), "baseline_steps": (500,), "output_dir": "generated_images/demo/compare_quality"}
+DEMO |= {"baseline_steps": (500,), "output_dir": "generated_images/demo/compare_quality"}
 # What --paper sets: the terms of Table 1 (docs/paper.md).
 PAPER_TERMS = {"prompts": "parti", "guidance_scale": 5.0, "steps": (20, 30, 50), "baseline_steps": (500, 300, 800)}
 PAPER_TERMS |= {"seed": 42, "one_seed": True, "output_dir": "generated_images/paper/compare_quality"}

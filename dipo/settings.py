@@ -169,7 +169,7 @@ def check_at_least(s, **least: int) -> None:
 
 
 def check_steps(flag: str, *steps: int) -> None:
-    if not all(1 <= n <= 1000 for n in steps):
+    if not all(isinstance(n, int) and 1 <= n <= 1000 for n in steps):
         raise UserError(f"--{flag} {' '.join(map(str, steps))}: use 1 to 1000, as SDXL was trained on 1000")
     check_different(flag, *steps)
 

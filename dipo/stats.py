@@ -105,7 +105,7 @@ def equivalence(images: pd.DataFrame, a: str, b: str, name: str, margin: float) 
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of equivalence with both p values as Holm (1979) corrects them for all tests of the table together, and a verdict
     (5 % for the whole table): equivalent (within the margin, whatever the difference), better, worse, or not decided."""
-    p = table[["p_equal", "p_different"]].to_numpy(dtype=np.float64)
+    p = table[["p_equal", "p_different"]].to_numpy(dtype=np.float64, copy=True)
     known = ~np.isnan(p)
     if known.any():
         p[known] = multipletests(p[known], method="holm")[1]

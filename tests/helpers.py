@@ -14,6 +14,7 @@ from PIL import Image
 
 from dipo.batches import Batch
 from dipo.files import ROOT
+from dipo.rows import read_rows
 from dipo.settings import DEMO_PATHS
 
 STUDIES = ("compare_quality", "Ablation_experiment", "Semantic_Categories", "Human_Preference_compare")
@@ -64,6 +65,11 @@ def demo_settings(name="hasty_sample", **more):
     module = script(name)
     paths = {k: v for k, v in DEMO_PATHS.items() if hasattr(module.Settings, k)}
     return module.Settings(**paths, **more)
+
+
+def study_rows(*files, **more):
+    """The rows of such files, for compare_quality.py with the demo's models."""
+    return read_rows(demo_settings("compare_quality", rows=files, timestep_spacing="leading", **more), [])
 
 
 def load(name="hasty_sample", **more):

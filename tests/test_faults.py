@@ -38,7 +38,7 @@ COMMANDS = {
         *("--demo", "--limit", 3, "--batch-size", 1, "--num-inference-steps", 4, "--timestep-spacing", "trailing"),
     ),
     "compare_quality": (
-        *("--demo", "--limit", 1, "--batch-size", 2, "--samplers", "euler", "--sampler-steps", 2),
+        *("--demo", "--limit", 1, "--batch-size", 2, "--rows", ROOT / "tests/rows.yaml"),
         *("--steps", 2, "--baseline-steps", 3),
     ),
     "Ablation_experiment": ("--demo", "--limit", 1, "--batch-size", 2, "--num-inference-steps", 2, "--etas", 0, 1),

@@ -31,7 +31,7 @@ HOSTILE = [
     *("a | b | c", "<!-- end -->"),
 ]
 STUDIES = {
-    "compare_quality": ("--steps", 2, "--baseline-steps", 3, "--samplers", "euler", "--sampler-steps", 2),
+    "compare_quality": ("--steps", 2, "--baseline-steps", 3, "--rows", ROOT / "tests/rows.yaml"),
     "Ablation_experiment": ("--num-inference-steps", 2, "--etas", 0, 1),
     "Semantic_Categories": ("--dipo-steps", 2, "--baseline-steps", 3),
     "Human_Preference_compare": ("--dipo-steps", 2, "--baseline-steps", 3),

@@ -1,18 +1,20 @@
 """The sampling loop that every script has: diffusers' own pipeline on the same seeds, formulas in float64, an exactly
 solvable model; and the five loops are one."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from conftest import DEMO
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from helpers import PROMPTS, SAMPLERS, Noise, bare_pipe, coefficients, latents, load, script
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from helpers import PROMPTS, SAMPLERS, Noise, bare_pipe, coefficients, latents, load, script, study_rows
 
 import compare_quality
 import hasty_sample
 from dipo.batches import Batch
 from dipo.devices import DTYPES
 from dipo.files import find_path
+from dipo.rows import scheduled
 from dipo.settings import DEMO_PATHS
 from dipo.timesteps import ddim_timesteps, successive
 
@@ -90,19 +92,48 @@ def test_same_latents_with_a_negative_prompt_and_other_spacings(stock_pipe, demo
         assert torch.isfinite(ours).all() and (ours - theirs).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("key", list(compare_quality.SAMPLERS))
-def test_other_samplers_are_the_stock_pipelines(stock_pipe, demo_pipe, key, monkeypatch):
-    """Latents of diffusers' own StableDiffusionXLPipeline with the same scheduler, prompts, seeds and UNet."""
-    cls = compare_quality.SAMPLERS[key][1]
-    monkeypatch.setattr(stock_pipe, "scheduler", cls.from_config(stock_pipe.scheduler.config))
+FREE = {row.variant: row for row in study_rows("rows/training_free.yaml") if row.scheduler != "ddim"}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_rows_of_other_samplers_are_the_stock_pipelines(stock_pipe, demo_pipe, name, monkeypatch):
+    """Latents of diffusers' own StableDiffusionXLPipeline with the same scheduler, prompts, UNet and seeds, of the scheduler's
+    noise too."""
+    row = FREE[name]
+    scheduler = getattr(diffusers, row.scheduler).from_config(stock_pipe.scheduler.config, **row.options)
+    monkeypatch.setattr(stock_pipe, "scheduler", scheduler)
+    steps = {"timesteps": list(row.timesteps)} if row.timesteps else {"num_inference_steps": row.steps}
+    calls = []
+    hook = demo_pipe.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     for guidance in (5.0, 1.0):
-        wanted = stock_latents(stock_pipe, PROMPTS, (3, 4), num_inference_steps=20, guidance_scale=guidance)
-        scheduler = cls.from_config(demo_pipe.scheduler.config)
+        wanted = stock_latents(stock_pipe, PROMPTS, (3, 4), guidance_scale=guidance, **steps)
+        ours = scheduled(row, demo_pipe.scheduler.config, "leading", row.steps)
         batch = Batch(demo_pipe, PROMPTS, [3, 4], 64, 64)
-        got = compare_quality.sample_by(demo_pipe, batch, scheduler, 20, guidance)
-        assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
-        by_ddim = latents(demo_pipe, PROMPTS, ddim_timesteps(20, "leading"), 0.0, guidance, (3, 4))
-        assert (by_ddim - wanted).abs().max() > 1e-2
+        got = compare_quality.sample_by(demo_pipe, batch, ours, row.eta, guidance)
+        assert (got - wanted).abs().max() < 1e-4 * max(1, wanted.abs().max())
+    hook.remove()
+    assert calls == [4] * row.calls + [2] * row.calls
+    by_ddim = latents(demo_pipe, PROMPTS, ddim_timesteps(20, "leading"), 0.0, guidance, (3, 4))
+    assert (by_ddim - wanted).abs().max() > 1e-2
+
+
+def test_rows_of_our_own_loop_are_the_stock_pipelines(stock_pipe, demo_pipe, monkeypatch):
+    """Trailing against the DDIM scheduler of diffusers; given timesteps, which that one does not take, against Euler's, the
+    same step in other variables, that ends at the noise level of t = 0 as SDXL's DDIM does."""
+    trailing, ays = (r for r in study_rows("rows/training_free.yaml") if r.scheduler == "ddim")
+    assert (trailing.timestep_spacing, ays.timesteps[:2]) == ("trailing", (999, 845))
+    config = stock_pipe.scheduler.config
+    cases = (
+        (trailing, DDIMScheduler.from_config(config, timestep_spacing="trailing"), {"num_inference_steps": 20}),
+        (ays, EulerDiscreteScheduler.from_config(config, final_sigmas_type="sigma_min"), {"timesteps": list(ays.timesteps)}),
+    )
+    for row, scheduler, steps in cases:
+        monkeypatch.setattr(stock_pipe, "scheduler", scheduler)
+        theirs = stock_latents(stock_pipe, PROMPTS, (3, 4), guidance_scale=5.0, **steps)
+        ours = latents(demo_pipe, PROMPTS, row.tau(demo_pipe, row.timestep_spacing), row.eta, 5.0, (3, 4))
+        # Euler's variable is x / sqrt(alpha_bar).
+        theirs = theirs * alpha_bar_float64()[0] ** 0.5 if row is ays else theirs
+        assert (ours - theirs).abs().max() < 1e-4
 
 
 INTERVAL = (0.28, 5.42)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import os
 import re
 import shutil
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
-from helpers import SAMPLERS, pixels, start_two
+from helpers import SAMPLERS, pixels, start_two, study_rows
 from helpers import script as module_of
 from PIL import Image
 
@@ -26,33 +27,35 @@ from dipo import cli, devices, study
 from dipo.files import read_record
 from dipo.judges import HPSv2, PickScore
 from dipo.scores import Scores
-from dipo.settings import DEMO_PATHS
+from dipo.settings import DEMO_PATHS, completed, papers
 
 # ------------------------------------------------------------------------------------------------------- what comes out
 
 TINY = {
-    "compare_quality": ("--steps", 3, "--baseline-steps", 4, 6, "--samplers", "euler", "--sampler-steps", 3),
-    "Ablation_experiment": ("--num-inference-steps", 3, "--etas", 0, 0.5, 1),
+    "compare_quality": ("--steps", 3, "--baseline-steps", 4, 6, "--rows", ROOT / "tests/rows.yaml"),
+    "Ablation_experiment": ("--num-inference-steps", 3, "--etas", 0, 0.5, 1, "--redraws", 1),
     "Semantic_Categories": ("--dipo-steps", 3, "--baseline-steps", 5),
     "Human_Preference_compare": ("--dipo-steps", 3, "--baseline-steps", 5),
 }
 FOLDERS = {
     "compare_quality": ["diffusion-dpo-4", "diffusion-dpo-6", "dipo-3", "euler-3"],
-    "Ablation_experiment": ["eta-0", "eta-0.5", "eta-1"],
+    "Ablation_experiment": ["eta-0", "eta-0.5", "eta-1", "redraw-1"],
     "Semantic_Categories": ["diffusion-dpo-5", "dipo-3"],
     "Human_Preference_compare": ["base-diffusion-dpo-5", "base-dipo-3", "tuned-diffusion-dpo-5", "tuned-dipo-3"],
 }
 FILES = {
-    "compare_quality": ["grid.png", "quality.pdf", "quality.png", "scores.csv", "table1.csv", "wins.csv"],
+    "compare_quality": [
+        *("equivalence.csv", "grid.png", "quality.pdf", "quality.png", "scores.csv", "table1.csv", "wins.csv"),
+    ],
     "Ablation_experiment": ["eta.csv", "eta.pdf", "eta.png", "fluctuation.csv", "grid.png", "scores.csv"],
     "Semantic_Categories": [
         *("categories.csv", "categories.pdf", "categories.png"),
         *("grid-abstract.png", "grid-landscape.png", "grid-portrait.png", "scores.csv"),
     ],
-    "Human_Preference_compare": ["bars.pdf", "bars.png", "grid.png", "pies.pdf", "pies.png", "preference.csv", "scores.csv"],
+    "Human_Preference_compare": ["grid.png", "preference.csv", "preference.pdf", "preference.png", "scores.csv"],
 }
 WINS = ["n", "wins", "losses", "ties", "win_rate", "loss_rate", "low", "high", "loss_low", "loss_high", "p"]
-WINS += ["difference", "difference_low", "difference_high"]
+WINS += [f"{k}{end}" for k in ("difference", "probability") for end in ("", "_low", "_high")]
 GAPS = [f"{k}_difference{end}" for k in ("pickscore", "hpsv2") for end in ("", "_low", "_high")]
 MEANS = [f"{k}{end}" for k in ("pickscore", "hpsv2") for end in ("", "_low", "_high")]
 COLUMNS = {
@@ -62,6 +65,7 @@ COLUMNS = {
             "label",
             "steps",
             "eta",
+            "unet_calls",
             "n",
             *MEANS,
             *GAPS,
@@ -74,8 +78,13 @@ COLUMNS = {
         *("paper_pickscore", "paper_seconds", "paper_speed_up"),
     ],
     ("compare_quality", "wins.csv"): ["sampler", "score", *WINS],
+    ("compare_quality", "equivalence.csv"): [
+        *("sampler", "score", "group", "steps", "n", "difference", "margin", "p_equal", "p_different", "n_needed", "verdict")
+    ],
     ("Ablation_experiment", "eta.csv"): ["variant", "eta", "steps", "n", *MEANS, *GAPS],
-    ("Ablation_experiment", "fluctuation.csv"): ["score", "n", "fluctuation", "chance", "p"],
+    ("Ablation_experiment", "fluctuation.csv"): [
+        *("score", "n", "fluctuation", "chance", "p", "redrawn", "redrawn_as_paper")
+    ],
     ("Semantic_Categories", "categories.csv"): [
         *("category", "score", *WINS, "paper"),
     ],
@@ -115,7 +124,9 @@ def test_a_tiny_demo_leaves_tables_plots_and_grids(finished, script):
     ]
     assert scores["file"].tolist() == [f"{v}/{i:05d}.png" for v in FOLDERS[script] for i in range(6)]
     # Paired: the same prompts and seeds under every variant, the categories in turn.
-    assert all(part["seed"].tolist() == list(range(6)) for _, part in scores.groupby("variant"))
+    for name, part in scores.groupby("variant"):
+        first = 10**6 if name == "redraw-1" else 0
+        assert part["seed"].tolist() == list(range(first, first + 6))
     assert scores.groupby("seed")["prompt"].nunique().eq(1).all() and scores["prompt"].nunique() == 6
     assert scores["category"].tolist()[:6] == ["abstract", "landscape", "portrait"] * 2
     assert scores[["pickscore", "hpsv2"]].notna().all().all() and scores["pickscore"].nunique() > 6
@@ -223,12 +234,12 @@ def test_more_etas_and_prompts_add_what_is_missing_only(copy, run):
     flags = [*flags[:2], "--etas", 0, 0.25, 1, *flags[6:]]
     flags[flags.index("--limit") + 1] = 3
     code, out, err = run("Ablation_experiment", *flags)
-    assert code == 0 and out.startswith("12 of 27 images"), err
+    assert code == 0 and out.startswith("18 of 36 images"), err
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     table, scores = pd.read_csv(folder / "eta.csv"), pd.read_csv(folder / "scores.csv").set_index("file")
     assert table["eta"].tolist() == [0, 0.25, 1] and set(table["n"]) == {9}
     # Rows of before are still there, those of eta = 0.5 too, which this run did not ask for.
-    assert len(scores) == 3 * 9 + 6 and scores.loc[rows.index].equals(rows)
+    assert len(scores) == 4 * 9 + 6 and scores.loc[rows.index].equals(rows)
 
 
 def test_a_run_stopped_while_scoring_goes_on(copy, run, monkeypatch):
@@ -304,14 +315,15 @@ def test_score_only_scores_what_is_there(copy, run, monkeypatch):
         (folder / name).unlink()
     code, out, err = run("Ablation_experiment", *flags, "--score-only")
     assert (
-        code == 0 and "15 of 18 images" in out and "the tables are of the 4 images that each of these has: η = 0; η" in out
+        code == 0 and "21 of 24 images" in out and "the tables are of the 4 images that each of these has: η = 0; η" in out
     ), err
     # Pairs only: images that one side lacks are scored, and left out of the tables.
     scores = pd.read_csv(folder / "scores.csv")
-    assert len(scores) == 15 and pd.read_csv(folder / "fluctuation.csv")["n"].tolist() == [4, 4]
+    assert len(scores) == 21 and pd.read_csv(folder / "fluctuation.csv")["n"].tolist() == [4, 4]
     table = pd.read_csv(folder / "eta.csv")
     common = scores[~scores["seed"].isin([1, 4])].groupby("variant")["hpsv2"].mean()
-    assert table["n"].tolist() == [4, 4, 4] and table["hpsv2"].tolist() == pytest.approx(common.tolist())
+    common = common.drop("redraw-1").tolist()
+    assert table["n"].tolist() == [4, 4, 4] and table["hpsv2"].tolist() == pytest.approx(common)
     shutil.rmtree(folder / "eta-0.5")
     code, out, err = run("Ablation_experiment", *flags, "--score-only")
     assert code == 0 and pd.read_csv(folder / "eta.csv")["eta"].tolist() == [0, 1], err
@@ -378,8 +390,9 @@ def test_odd_categories_keep_their_own_rows(run, tmp_path):
 
 def test_speed_ups_compare_like_with_like(copy, run):
     folder, flags = copy("compare_quality")
+    Path("rows.yaml").write_text((ROOT / "tests/rows.yaml").read_text().replace("steps: 3", "steps: 4"))
     flags = [*flags[:-3], 2, *flags[-2:], "--batch-size", 3]
-    flags[flags.index("--sampler-steps") + 1] = 4
+    flags[flags.index("--rows") + 1] = "rows.yaml"
     code, out, err = run("compare_quality", *flags)
     assert code == 0, err
     times = [line for line in out.partition("Time on")[2].partition("Wins over")[0].splitlines() if ", " in line]
@@ -391,13 +404,147 @@ def test_speed_ups_compare_like_with_like(copy, run):
     assert np.isnan(table.at["euler-4", "speed_up"]) and table["speed_up"].notna().sum() == 3
 
 
-def test_the_papers_figures_stand_beside_what_they_are_about(finished, capsys):
-    rows = cq.study_rows(cq.Settings(eta=0.5, samplers=("unipc", "unipc"), timestep_spacing="leading"))
-    assert rows[0].label == "DIPO, 20 steps, η = 0.5" and rows[4].label == "Diffusion-DPO, 500 steps" and len(rows) == 8
+def test_the_papers_figures_stand_beside_what_they_are_about(finished):
+    rows = cq.study_rows(cq.Settings(eta=0.5, timestep_spacing="leading"))
+    assert rows[0].label == "DIPO, 20 steps, η = 0.5" and rows[4].label == "Diffusion-DPO, 500 steps" and len(rows) == 6
     # 3 steps against 4 are no row of the paper's.
     assert pd.read_csv(finished[0] / "compare_quality/table1.csv")["paper_speed_up"].isna().all()
     assert pd.read_csv(finished[0] / "Semantic_Categories/categories.csv")["paper"].isna().all()
     assert pd.read_csv(finished[0] / "Human_Preference_compare/preference.csv")["paper"].isna().all()
+    assert "paper's, on other terms" in finished[1]["Ablation_experiment"]
+
+
+PAPER = {  # docs/paper.md, which has it from the paper's code
+    "compare_quality": ("parti", 5.0, 42, True),
+    "Ablation_experiment": ("parti", 7.5, 0, False),
+    "Semantic_Categories": ("assets/prompts", 7.5, 0, False),
+    "Human_Preference_compare": ("parti", 7.5, 77, True),
+}
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_paper_sets_the_papers_terms_where_the_default_was_left(script):
+    module = module_of(script)
+
+    def settings(**given):
+        s = module.Settings(paper=True, **given)
+        return completed(s, module.DEMO, module.PAPER_TERMS)
+
+    s = settings()
+    assert (s.prompts, s.guidance_scale, s.seed, s.one_seed) == PAPER[script]
+    assert s.output_dir == f"generated_images/paper/{script}" and papers(s, module.PAPER_TERMS) == "paper's"
+    if script == "compare_quality":
+        assert (s.steps, s.baseline_steps) == ((20, 30, 50), (500, 300, 800))
+    if script == "Ablation_experiment":
+        assert (s.num_inference_steps, s.etas, s.redraws) == (30, (0, 0.2, 0.5, 0.7, 1), 4)
+    mine = settings(guidance_scale=3.0)
+    assert mine.guidance_scale == 3 and papers(mine, module.PAPER_TERMS) == "paper's, on other terms"
+    demo = settings(demo=True)
+    assert (demo.prompts, demo.guidance_scale) == ("assets/demo/prompts", PAPER[script][1])
+    assert papers(demo, module.PAPER_TERMS) == "paper's, on other terms"
+    assert not completed(module.Settings(), module.DEMO, module.PAPER_TERMS).one_seed
+
+
+def test_one_seed_draws_every_prompt_from_the_same_noise(run):
+    flags = (*TINY["Semantic_Categories"], "--demo", "--limit", 1, "--one-seed", "--seed", 5, "--images-per-prompt", 2)
+    code, _, err = run("Semantic_Categories", *flags, "--output-dir", "out")
+    assert code == 0, err
+    scores = pd.read_csv("out/scores.csv")
+    assert scores["seed"].tolist() == [5, 6] * 6 and scores["prompt"].nunique() == 3
+    assert pd.read_csv("out/categories.csv")["n"].tolist() == [2, 2, 2, 2, 2, 2, 6, 6]
+
+
+# ------------------------------------------------------------------------------------------- the same work once, and rows
+
+
+def no_links(*_):
+    raise OSError("no links on this disk")
+
+
+def test_images_that_a_study_beside_has_are_taken(finished, run, tmp_path, monkeypatch):
+    """The tuned UNet's images of Table 1 are those of the other studies: hard links where the disk has them, else copies."""
+    shutil.copytree(finished[0] / "compare_quality", tmp_path / "studies/table1")
+    flags = ("--demo", "--limit", 2, *TINY["Semantic_Categories"][:2], "--baseline-steps", 4)
+    code, out, err = run("Semantic_Categories", *flags, "--output-dir", "studies/kinds")
+    assert code == 0 and out.startswith("12 of 12 images are in studies/kinds, 12 of them taken from studies beside it"), err
+    ours, theirs = Path("studies/kinds/dipo-3/00004.png"), Path("studies/table1/dipo-3/00004.png")
+    assert ours.samefile(theirs)
+    wins = pd.read_csv("studies/table1/wins.csv").set_index(["sampler", "score"]).loc[("DIPO, 3 steps", "HPSv2")]
+    mine = pd.read_csv("studies/kinds/categories.csv").set_index(["category", "score"]).loc[("all", "HPSv2")]
+    assert (mine["wins"], mine["difference"]) == (wins["wins"], pytest.approx(wins["difference"]))
+
+    # What differs in one setting is not taken; nor is anything by the study whose tables are of times.
+    code, out, err = run("Semantic_Categories", *flags, "--guidance-scale", 3, "--output-dir", "studies/other")
+    assert code == 0 and out.startswith("0 of 12 images are in studies/other\n"), err
+    shutil.copytree("studies/table1", "studies/again", ignore=shutil.ignore_patterns("dipo-3"))
+    code, out, err = run(
+        "compare_quality", *TINY["compare_quality"], "--demo", "--limit", 2, "--output-dir", "studies/again"
+    )
+    assert code == 0 and out.startswith("18 of 24 images are in studies/again\n"), err
+    assert not Path("studies/again/dipo-3/00000.png").samefile(theirs)
+
+    # Replacing ours leaves theirs alone.
+    before = theirs.read_bytes()
+    flags = (*flags, "--guidance-scale", 3, "--overwrite", "--output-dir", "studies/kinds")
+    monkeypatch.setattr(os, "link", no_links)
+    code, out, err = run("Semantic_Categories", *flags)
+    assert code == 0 and "12 of them taken" in out and read_record(ours)["guidance_scale"] == 3, err
+    assert theirs.read_bytes() == before and not ours.samefile("studies/other/dipo-3/00004.png")
+
+
+def test_a_row_has_its_own_models_guidance_and_timesteps(run, tiny):
+    Path("rows.yaml").write_text(
+        f"- {{label: Base, dpo_unet: '', steps: 2, guidance_scale: 1}}\n"
+        f"- {{label: Mine, dpo_unet: {tiny / 'unet'}, timesteps: [900, 500, 10], eta: 0.5}}\n"
+    )
+    flags = ("--steps", 2, "--baseline-steps", 3, "--demo", "--limit", 1, "--rows", "rows.yaml", "--output-dir", "out")
+    code, _, err = run("compare_quality", *flags)
+    assert code == 0, err
+    base, mine, ours = (read_record(f"out/{name}/00000.png") for name in ("base-2", "mine-3", "dipo-2"))
+    assert (base["dpo_unet"], base["guidance_scale"], base["num_inference_steps"]) == ("", 1, 2)
+    assert (mine["dpo_unet"], mine["timesteps"], mine["eta"]) == (str(tiny / "unet"), [900, 500, 10], 0.5)
+    assert len({r["weights"] for r in (base, mine, ours)}) == 3
+    table = pd.read_csv("out/table1.csv").set_index("variant")
+    assert table["unet_calls"].to_dict() == {"dipo-2": 4, "diffusion-dpo-3": 6, "base-2": 2, "mine-3": 6}
+    assert table["hpsv2"].nunique() == 4
+    code, out, err = run("compare_quality", *flags)
+    assert code == 0 and out.startswith("12 of 12 images"), err
+
+
+def test_rows_of_distilled_models_are_what_their_authors_say():
+    rows = {row.variant: row for row in study_rows("rows/distilled.yaml")}
+    assert len(rows) == 10 and all(row.dpo_unet is None and len(row.dpo_lora) == 1 for row in rows.values())
+    assert rows["dmd2-4-step-4"].timesteps == (999, 749, 499, 249) and rows["tcd-4"].eta == 0.3
+    assert rows["sdxl-lightning-4-step-4"].timestep_spacing == "trailing" and rows["lcm-lora-8"].guidance_scale == 0
+    # They go onto the UNet of the study, besides its own LoRAs.
+    row = study_rows("rows/distilled.yaml", dpo_lora=("a/b",))[0]
+    assert row.dpo_lora == ("a/b", "ByteDance/Hyper-SD/Hyper-SDXL-8steps-CFG-lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("label: x", "not a list of rows with labels"),
+        ("- {steps: 3}", "not a list of rows with labels ('label'); rows/training_free.yaml shows the form"),
+        ("- {label: x, step: 3}", "x: step: 3 cannot be; a row has label, scheduler"),
+        ("- {label: x, steps: '3'}", "x: steps: '3' cannot be"),
+        ("- {label: x, steps: [a]}", "x: --steps a: use 1 to 1000"),
+        ("- {label: x}", "x: give either steps or timesteps"),
+        ("- {label: x, timesteps: [1, 2]}", "x: --timesteps 1 2: give numbers from 999 down to 0"),
+        ("- {label: x, steps: 2, eta: 3}", "x: --eta 3: use 0"),
+        ("- {label: x, steps: 2, scheduler: UNet2DModel}", "x: scheduler UNet2DModel: diffusers has no such class"),
+        ("- {label: x, steps: 2, scheduler: UniPCMultistepScheduler, options: {karras: 1}}", "has no karras"),
+        ("- {label: x, timesteps: [9, 2], scheduler: UniPCMultistepScheduler}", "does not support custom timestep"),
+        ("- {label: x, steps: 500, scheduler: UniPCMultistepScheduler}", "500 leading steps would start at t = 501"),
+        ("- {label: x, steps: 2, dpo_lora: [nothing]}", "x: --dpo-lora 'nothing': no such file"),
+        ("- {label: dipo, steps: 20}", "'dipo, 20 steps' is there twice"),
+    ],
+)
+def test_wrong_rows_end_with_one_line(run, rows, said):
+    Path("rows.yaml").write_text(rows)
+    code, _, err = run("compare_quality", "--demo", "--rows", "rows.yaml", "--output-dir", "out")
+    assert code == 2 and err.startswith("error: --rows") and said in err and err.count("\n") == 1, err
+    assert not Path("out").exists()
 
 
 def test_clipscore_gets_its_column(copy, run):
@@ -488,14 +635,9 @@ def test_a_missing_judge_costs_no_images(copy, run, script):
             ("--baseline-steps", 500, 500),
             "--baseline-steps 500 500: give one or more, and none twice",
         ),
-        ("compare_quality", ("--samplers", "ddpm"), "dpmsolver++"),
+        ("compare_quality", ("--rows", "no.yaml"), "--rows no.yaml: no such file"),
+        ("compare_quality", ("--margin", 0), "--margin 0.0: use a number above 0"),
         ("compare_quality", ("--folder-prompts", "p.txt"), "--folders: name the folders to score"),
-        ("compare_quality", ("--sampler-steps", 1001), "--sampler-steps 1001: use 1 to 1000"),
-        (
-            "compare_quality",
-            ("--sampler-steps", 500),
-            "500 leading steps of dpmsolver++ would start at t = 501 from pure noise",
-        ),
         ("compare_quality", ("--folders", "nothing"), "--folders nothing: no such folder"),
         ("compare_quality", ("--folders",), "--folders: name the folders to score"),
         ("compare_quality", ("--score-only",), "no images of this study"),
@@ -505,6 +647,7 @@ def test_a_missing_judge_costs_no_images(copy, run, script):
             "--etas 0.0 2.0: use 0 (DDIM",
         ),
         ("Ablation_experiment", ("--etas", 0.3, 0.30000000000000004), "and none twice"),
+        ("Ablation_experiment", ("--redraws", -1), "--redraws -1: use 0 or more"),
         ("Ablation_experiment", ("--num-inference-steps", 0), "--num-inference-steps 0: use 1 to 1000"),
         ("Semantic_Categories", ("--eta", -1), "--eta -1.0: use 0"),
         ("Semantic_Categories", ("--categories", "dogs"), "--categories 'dogs': not in --prompts assets/demo/prompts; its"),
@@ -630,16 +773,16 @@ def test_seconds_are_those_of_full_batches():
 def test_plots_draw_every_row_with_its_interval(finished):
     judges = [PickScore("", ""), HPSv2("")]
     table = pd.read_csv(finished[0] / "compare_quality/table1.csv")
-    given = {"steps": (3,), "baseline_steps": (4, 6), "samplers": ("euler",), "sampler_steps": (3,)}
-    rows = cq.study_rows(cq.Settings(**given, timestep_spacing="leading"))
-    table = table.set_index("variant").loc[[r.variant for r in rows]].reset_index()
-    quality = cq.plot_quality(table, rows, judges, rows[1])
+    equal = pd.read_csv(finished[0] / "compare_quality/equivalence.csv")
+    rows_file = (str(ROOT / "tests/rows.yaml"),)
+    rows = cq.study_rows(cq.Settings(steps=(3,), baseline_steps=(4, 6), rows=rows_file, timestep_spacing="leading"))
+    quality = cq.plot_quality(table, equal, rows, judges, rows[1])
     means = pd.read_csv(finished[0] / "Ablation_experiment/eta.csv")
     moved = pd.read_csv(finished[0] / "Ablation_experiment/fluctuation.csv")
     eta = ablation.plot_eta(ablation.Settings(), means, moved, judges)
-    for figure, count, n in ((quality, 3, 4), (eta, 1, 3)):
-        assert len(figure.axes) == 2
+    for figure, panels, count, n in ((quality, 4, 3, 4), (eta, 2, 1, 3)):
+        assert len(figure.axes) == panels
         for axes in figure.axes:
             points = sum(len(c.lines[0].get_xdata()) for c in axes.containers)
             assert points == n and all(c.has_yerr for c in axes.containers)
-            assert axes.get_xlabel() and axes.get_ylabel() and len(axes.containers) == count
+            assert axes.get_title() and len(axes.containers) == count

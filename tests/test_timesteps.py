@@ -3,12 +3,14 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_utils import AysSchedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dipo.timesteps import ddim_timesteps
+from dipo.timesteps import align_your_steps, ddim_timesteps
 
 SPACINGS = ("leading", "trailing", "linspace")
 SDXL = {
@@ -59,3 +61,20 @@ def test_timesteps_of_any_steps(steps, spacing, offset):
     tau = ddim_timesteps(steps, spacing, 1000, offset)
     assert len(tau) == steps and all(a > b for a, b in itertools.pairwise(tau)) and 0 <= tau[-1] <= tau[0] <= 999
     assert tau[0] >= 999 - 2 * math.ceil(1000 / steps)
+
+
+@pytest.mark.parametrize("family", ["StableDiffusionXL", "StableDiffusion"])
+def test_align_your_steps(family):
+    """The ten published timesteps, and for other counts the log-linear interpolation of the published noise levels, which
+    end at 0.029, as the authors' quick start has it."""
+    scheduler, known = DDIMScheduler(**SDXL), AysSchedules[f"{family}Timesteps"]
+    assert align_your_steps(10, scheduler, known) == known
+    sigma = (1 / scheduler.alphas_cumprod.double().numpy() - 1) ** 0.5
+    published = [*AysSchedules[f"{family}Sigmas"][:10], 0.029]
+    for n in (*range(1, 10), 20, 30, 50):
+        tau = align_your_steps(n, scheduler, known)
+        wanted = np.exp(np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, 11), np.log(published)))[:-1]
+        assert len(tau) == n and tau[0] == 999 and all(a > b for a, b in itertools.pairwise(tau))
+        # To the nearest timestep.
+        near = [sigma[np.clip(np.add(tau, k), 0, 999)] for k in (-1, 1)]
+        assert (near[0] <= wanted).all() and (wanted < 1.001 * near[1]).all(), n
