@@ -279,28 +279,32 @@ def plot_quality(table: pd.DataFrame, equal: pd.DataFrame, rows: list[Row], judg
     figure = Figure(figsize=(11, 3.9 * len(judges) + 0.8), layout="constrained")
     styles = itertools.product("^vDPX*", (GREEN, PURPLE, SKY, "black"))
     groups = dict(list(table.groupby([r.group for r in rows], sort=False)))
-    kinds = {
-        g: (BLUE, "o-") if g == "DIPO" else (ORANGE, "s") if g == "Diffusion-DPO" else next(styles)[::-1] for g in groups
-    }
+    kinds = {"DIPO": (BLUE, "o-"), "Diffusion-DPO": (ORANGE, "s")}
+    kinds = {g: kinds.get(g) or next(styles)[::-1] for g in groups}
+    # Other samplers of about as many calls stand side by side, from DIPO's place to the right.
+    others = table[[r.group not in ("DIPO", "Diffusion-DPO") for r in rows]].sort_values("unet_calls", kind="stable")
+    rank = others.groupby((others["unet_calls"].pct_change() > 0.1).cumsum()).cumcount() + 1
+    place = (1.06**rank).reindex(table.index, fill_value=1)
     panels = figure.subplots(len(judges), 2, sharex="col", sharey="row", squeeze=False)
     for (left, right), judge in zip(panels, judges, strict=True):
         name, margin = f"{judge.name}_difference", equal.loc[equal["score"] == judge.label, "margin"].iloc[0]
         for axes, x in ((left, "unet_calls"), (right, "seconds")):
             axes.axhspan(-margin, margin, color=GREY, alpha=0.25, label="as good as it: within the margin", zorder=0)
             axes.axhline(0, color=ORANGE, linewidth=0.8, zorder=1)
-            for group, (colour, style) in kinds.items():
+            for group, (colour, marker) in kinds.items():
                 part = groups[group].sort_values(x)
                 bars = [part[name] - part[f"{name}_low"], part[f"{name}_high"] - part[name]]
-                axes.errorbar(part[x], part[name], bars, fmt=style, color=colour, capsize=3, markersize=7, label=group)
+                style = {"fmt": marker, "color": colour, "capsize": 2, "markersize": 6, "elinewidth": 1.2, "label": group}
+                axes.errorbar(place[part.index] * part[x], part[name], bars, **style)
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
             describe(axes, f"{judge.label}, n = {table['n'].iloc[0]} prompts")
         left.set_ylabel(f"less that of {baseline.steps} steps, 95 %", fontsize=12)
-    left.set_xlabel("UNet calls per image, two a guided step (log scale)", fontsize=12)
-    right.set_xlabel("seconds per image, decoding included (log scale)", fontsize=12)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=11)
+    left.set_xlabel("UNet calls per image, two a guided step (log scale),\nother samplers side by side", fontsize=12)
+    right.set_xlabel("seconds per image, decoding included (log scale),\nother samplers side by side", fontsize=12)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=11)
     return figure
 
 

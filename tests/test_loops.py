@@ -97,8 +97,8 @@ FREE = {row.variant: row for row in study_rows("rows/training_free.yaml") if row
 
 @pytest.mark.parametrize("name", FREE)
 def test_rows_of_other_samplers_are_the_stock_pipelines(stock_pipe, demo_pipe, name, monkeypatch):
-    """Latents of diffusers' own StableDiffusionXLPipeline with the same scheduler, prompts, UNet and seeds, of the scheduler's
-    noise too."""
+    """Latents of diffusers' own StableDiffusionXLPipeline with the same scheduler, prompts and seeds, which its noise is
+    drawn from too."""
     row = FREE[name]
     scheduler = getattr(diffusers, row.scheduler).from_config(stock_pipe.scheduler.config, **row.options)
     monkeypatch.setattr(stock_pipe, "scheduler", scheduler)
