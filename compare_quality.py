@@ -13,9 +13,9 @@ ancestral DDPM (eta = 1) on its longer subsequence.
 Images come first (a folder of PNGs for each row of the table, settings inside), then scores.csv, table1.csv, wins.csv,
 quality.png and .pdf, and grid.png. A stopped run goes on with the same command; more steps add what is missing only.
 
-PickScore is 100 times a cosine at its trained scale (near 22), HPSv2 a cosine (near 0.28), CLIPScore 2.5 times a cosine, 0
-at the least (near 0.66). Seconds per image are measured after a warm-up, the device synchronised, at the batch size in the
-table; decoding is counted apart. To use other models, edit the paths at the top of Settings or pass them as flags.
+PickScore is 100 times a cosine at its trained scale (near 22), HPSv2 a cosine (near 0.28). Seconds per image are measured
+after a warm-up, the device synchronised, at the batch size in the table; decoding is counted apart. To use other models,
+edit the paths at the top of Settings or pass them as flags; --judges names those that score.
 """
 
 from dataclasses import dataclass
@@ -37,12 +37,12 @@ from dipo.devices import dtype_for, start
 from dipo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, describe, save_plot
 from dipo.files import find_path, write_csv
 from dipo.folders import paired, picture_records
-from dipo.judges import CLIPScore, HPSv2, Judge, PickScore
+from dipo.judges import Judge, judges_of
 from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
 from dipo.prompts import read_prompts
 from dipo.scores import Scores
-from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed
+from dipo.settings import Judges, StudySettings, check_etas, check_sampling, check_steps, completed
 from dipo.study import Row, Study, eta_label, open_study
 from dipo.tables import mean_columns, print_table, win_columns
 from dipo.timesteps import successive
@@ -58,11 +58,15 @@ class Settings(StudySettings):
     pickscore_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     hpsv2: str = "xswu/HPSv2"
     clip: str = "openai/clip-vit-base-patch32"
-    """CLIPScore's CLIP model and processor: a folder or a hub name; empty: no CLIPScore"""
+    imagereward: str = "zai-org/ImageReward"
+    imagereward_tokenizer: str = "google-bert/bert-base-uncased"
+    aesthetic: str = "trl-lib/ddpo-aesthetic-predictor"
+    aesthetic_clip: str = "openai/clip-vit-large-patch14"
     parti: str = "nateraw/parti-prompts"
     pickapic: str = "yuvalkirstain/pickapic_v2"
     prompts: str = "assets/prompts"
     output_dir: str = "generated_images/compare_quality"
+    judges: Judges = ("pickscore", "hpsv2", "clipscore", "clipscore_paper")
     folders: tuple[str, ...] | None = None
     """instead of the study, score these folders of pictures: hasty_sample.py's, or others whose prompts are known"""
     folder_prompts: str = ""
@@ -329,8 +333,7 @@ def check_settings(s: Settings) -> None:
 def main(s: Settings) -> None:
     s = completed(s, DEMO)
     check_settings(s)
-    judges = [PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version)]
-    judges += [CLIPScore(s.clip)] if s.clip else []
+    judges = judges_of(s)
     if s.folders is not None:
         return score_folders(s, judges)
     s = fitted(s)

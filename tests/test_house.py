@@ -12,7 +12,7 @@ MODULES = sorted(p.stem for p in (ROOT / "dipo").glob("[!_]*.py"))
 # From below: a module imports those of the levels before its own only.
 LEVELS = (
     ("cli", "stats", "timesteps", "pictures"),
-    ("files", "devices"),
+    ("files", "devices", "imagereward"),
     ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums", "single_file"),
     ("models", "settings", "hub", "folders", "losses"),
     ("compiled", "judges", "loras", "training", "schemas"),
