@@ -13,9 +13,8 @@ ancestral DDPM (eta = 1) on its longer subsequence.
 Images come first (a folder of PNGs for each row of the table, settings inside), then scores.csv, table1.csv, wins.csv,
 quality.png and .pdf, and grid.png. A stopped run goes on with the same command; more steps add what is missing only.
 
-PickScore is 100 times a cosine at its trained scale (near 22), HPSv2 a cosine (near 0.28). Seconds per image are measured
-after a warm-up, the device synchronised, at the batch size in the table; decoding is counted apart. To use other models,
-edit the paths at the top of Settings or pass them as flags; --judges names those that score.
+PickScore is 100 times a cosine (near 22), HPSv2 a cosine (near 0.28). Seconds per image are measured after a warm-up, device
+synchronised; decoding is counted apart. To use other models, edit the paths at the top of Settings or pass them as flags.
 """
 
 from dataclasses import dataclass
