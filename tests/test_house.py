@@ -82,10 +82,11 @@ def test_paths_that_scripts_share_are_the_same_everywhere():
     shared = {}
     for name in (*SAMPLERS, "train_dipo"):
         settings = script(name).Settings
-        for path in ("base_model", "dpo_unet", "vae", "pickscore", "pickscore_processor", "hpsv2", "parti", "pickapic"):
+        paths = ("base_model", "dpo_unet", "vae", "pickscore", "pickscore_processor", "hpsv2", "parti", "pickapic", "clip")
+        for path in (*paths, "imagereward", "imagereward_tokenizer", "aesthetic", "aesthetic_clip"):
             if hasattr(settings, path):
                 shared.setdefault(path, {})[name] = getattr(settings, path)
-    assert len(shared) == 8
+    assert len(shared) == 13
     for path, values in shared.items():
         assert len({*values.values()}) == 1, (path, values)
     # And the package has no default for them.
