@@ -31,7 +31,7 @@ def load_imagereward(path: Path, dtype: torch.dtype) -> torch.nn.ModuleDict:
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     weights = {our_name(k): v for k, v in weights.items() if not k.startswith(UNUSED)}
     image = blip.BlipVisionModel(vision_config(weights))
-    # The other values of the file are of BERT's own, or replaced in their code too.
+    # The width of the image encoder is replaced in their code too.
     config = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "encoder_width")}
     config |= {"encoder_hidden_size": image.config.hidden_size, "is_decoder": True}
     text = blip.BlipTextModel(blip.BlipTextConfig(**config), add_pooling_layer=False)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import open_clip
@@ -18,6 +19,7 @@ from transformers import AutoProcessor, CLIPImageProcessor, CLIPModel, CLIPToken
 
 import compare_quality as cq
 from dipo.cli import UserError
+from dipo.files import fingerprint
 from dipo.judges import Aesthetic, CLIPScore, HPSv2, ImageReward, PaperCLIPScore, PickScore, judges_of
 
 PROMPTS = [world.caption(s) for s in world.sample_scenes("held_out", 6, 3)]
@@ -233,6 +235,16 @@ def test_an_aesthetic_predictor_of_another_clip_is_said(random_judges, tmp_path)
     said = f"--aesthetic-clip .*it embeds in {width} dimensions, the predictor takes 7"
     with pytest.raises(UserError, match=said):
         Aesthetic(str(tmp_path / "other.pth"), str(random_judges / "pickscore")).load(torch.float32)
+
+
+def test_other_weights_of_a_judge_are_noticed(random_judges, tmp_path):
+    """By their last bytes; scores.csv holds this fingerprint."""
+    for part in ("imagereward", "aesthetic"):
+        shutil.copytree(random_judges / part, tmp_path / part)
+        before = fingerprint(str(tmp_path / part))
+        with open(next((tmp_path / part).glob("*.pt*")), "ab") as f:
+            f.write(b"x")
+        assert fingerprint(str(tmp_path / part)) != before
 
 
 def test_which_judges_a_script_takes():

@@ -419,7 +419,7 @@ def test_a_judge_that_the_demo_lacks_is_said(run, script):
 def test_what_is_asked_of_a_demo_is_not_replaced(run):
     """Also where it is what the script does without --demo."""
     names = ("pickscore", "hpsv2", "clipscore", "clipscore_paper")
-    code, _, err = run("compare_quality", "--demo", "--judges", *names)
+    code, _, err = run("compare_quality", "--demo", "--score-only", "--output-dir", "none", "--judges", *names)
     assert code == 2 and "CLIPScore, 2.5 cos (clipscore) needs --clip" in err
 
 
