@@ -31,7 +31,7 @@ from dipo.batches import Batch
 from dipo.compiled import projected_once
 from dipo.figures import BLUE, GREY, ORANGE, describe, save_plot
 from dipo.files import write_csv
-from dipo.judges import HPSv2, PickScore
+from dipo.judges import judges_of
 from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
 from dipo.settings import StudySettings, check_at_least, check_etas, check_sampling, check_steps, completed, papers
@@ -49,6 +49,11 @@ class Settings(StudySettings):
     pickscore: str = "yuvalkirstain/PickScore_v1"
     pickscore_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     hpsv2: str = "xswu/HPSv2"
+    clip: str = "openai/clip-vit-base-patch32"
+    imagereward: str = "zai-org/ImageReward"
+    imagereward_tokenizer: str = "google-bert/bert-base-uncased"
+    aesthetic: str = "trl-lib/ddpo-aesthetic-predictor"
+    aesthetic_clip: str = "openai/clip-vit-large-patch14"
     parti: str = "nateraw/parti-prompts"
     pickapic: str = "yuvalkirstain/pickapic_v2"
     prompts: str = "assets/prompts"
@@ -239,7 +244,7 @@ def main(s: Settings) -> None:
         Row(variant=f"redraw-{k}", label=f"η = 0, drawn again ({k})", steps=steps, seed=k * REDRAW)
         for k in range(1, s.redraws + 1)
     ]
-    judges = [PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version)]
+    judges = judges_of(s)
     with open_study(s, rows + redrawn, judges) as study:
         for model in study.models():
             make_images(model, study)

@@ -15,9 +15,8 @@ Images come first (a folder of PNGs for each row of the table, settings inside),
 equivalence.csv, quality.png and .pdf, and grid.png. A stopped run goes on with the same command; more steps add what is
 missing only. "As good as" is tested as equivalence: two one-sided tests within --margin, Holm's correction over the table.
 
-PickScore is 100 times a cosine at its trained scale (near 22), HPSv2 a cosine (near 0.28), CLIPScore 2.5 times a cosine, 0
-at the least (near 0.66). Seconds per image are measured after a warm-up, the device synchronised, at the batch size in the
-table; decoding is counted apart. To use other models, edit the paths at the top of Settings or pass them as flags.
+PickScore is 100 times a cosine (near 22), HPSv2 a cosine (near 0.28). Seconds per image are measured after a warm-up, device
+synchronised; decoding is counted apart. To use other models, edit the paths at the top of Settings or pass them as flags.
 """
 
 import itertools
@@ -38,11 +37,11 @@ from dipo.batches import Batch
 from dipo.compiled import projected_once
 from dipo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, describe, save_plot
 from dipo.files import write_csv
-from dipo.judges import CLIPScore, HPSv2, Judge, PickScore
+from dipo.judges import Judge, judges_of
 from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
 from dipo.rows import read_rows, scheduled
-from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed, papers
+from dipo.settings import Judges, StudySettings, check_etas, check_sampling, check_steps, completed, papers
 from dipo.study import Row, Study, eta_label, open_study, score_folders
 from dipo.tables import gap_column, mean_columns, print_table, win_columns
 from dipo.timesteps import successive
@@ -58,11 +57,15 @@ class Settings(StudySettings):
     pickscore_processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     hpsv2: str = "xswu/HPSv2"
     clip: str = "openai/clip-vit-base-patch32"
-    """CLIPScore's CLIP model and processor: a folder or a hub name; empty: no CLIPScore"""
+    imagereward: str = "zai-org/ImageReward"
+    imagereward_tokenizer: str = "google-bert/bert-base-uncased"
+    aesthetic: str = "trl-lib/ddpo-aesthetic-predictor"
+    aesthetic_clip: str = "openai/clip-vit-large-patch14"
     parti: str = "nateraw/parti-prompts"
     pickapic: str = "yuvalkirstain/pickapic_v2"
     prompts: str = "assets/prompts"
     output_dir: str = "generated_images/compare_quality"
+    judges: Judges = ("pickscore", "hpsv2", "clipscore", "clipscore_paper")
     folders: tuple[str, ...] | None = None
     """instead of the study, score these folders of pictures: hasty_sample.py's, or others whose prompts are known"""
     folder_prompts: str = ""
@@ -323,8 +326,7 @@ def check_settings(s: Settings) -> None:
 def main(s: Settings) -> None:
     s = completed(s, DEMO, PAPER_TERMS)
     check_settings(s)
-    judges = [PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version)]
-    judges += [CLIPScore(s.clip)] if s.clip else []
+    judges = judges_of(s)
     if s.folders is not None:
         return score_folders(s, judges)
     s = fitted(s)

@@ -1,8 +1,9 @@
 """Fetch the models and data that the scripts use into one folder, ready for a machine without network.
 
     python download_models.py                        # the judges: PickScore and its processor, HPSv2 v2.1, CLIP ViT-B/32
-    python download_models.py --all                  # SDXL base (fp16), the fixed VAE, the DPO UNet and Parti prompts too
+    python download_models.py --all                  # all judges, SDXL base (fp16), the fixed VAE, the DPO UNet, Parti
     python download_models.py --only base-model vae  # these only; --only sd15: SD 1.5 and its DPO UNet
+    python download_models.py --only imagereward imagereward-tokenizer aesthetic aesthetic-clip          # two more judges
     python download_models.py --dataset 10000        # the first 10,000 usable pairs of Pick-a-Pic v2, and its test prompts
     python download_models.py --dataset sayakpaul/pickapic_v2_webdataset 10000       # of another data set on the hub
     python download_models.py --check                # are all files still what was fetched? Needs no network
@@ -36,7 +37,11 @@ from dipo.cli import UserError
 from dipo.hub import Snapshot, Source, readable
 
 TOKENIZER = ("merges.txt", "tokenizer_config.json", "vocab.json")
+VOCABULARY = ("merges.txt", "special_tokens_map.json", "vocab.json")
 PROCESSOR = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+CLIP = (*PROCESSOR, "model.safetensors|pytorch_model.bin")
+BERT = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+MODEL = ("config.json", "model.safetensors")
 
 
 def weights(folder: str, name: str = "diffusion_pytorch_model") -> tuple[str, str]:
@@ -46,31 +51,23 @@ def weights(folder: str, name: str = "diffusion_pytorch_model") -> tuple[str, st
 
 def pipeline(*numbers: str) -> tuple[tuple, tuple]:
     """The files of a pipeline with a tokenizer and a text encoder for each of these endings, and the optional ones."""
-    texts = [
-        x for n in numbers for x in (*(f"tokenizer{n}/{file}" for file in TOKENIZER), *weights(f"text_encoder{n}", "model"))
-    ]
+    texts = [x for n in numbers for x in (*(f"tokenizer{n}/{f}" for f in TOKENIZER), *weights(f"text_encoder{n}", "model"))]
     files = ("model_index.json", "scheduler/scheduler_config.json", *texts, *weights("unet"), *weights("vae"))
     return files, tuple(f"tokenizer{n}/special_tokens_map.json" for n in numbers)
 
 
 SOURCES = {
-    "pickscore": Source(
-        "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800", ("config.json", "model.safetensors")
-    ),
+    "pickscore": Source("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800", MODEL),
     "pickscore-processor": Source(
-        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
-        PROCESSOR,
-        ("merges.txt", "special_tokens_map.json", "vocab.json"),
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c", PROCESSOR, VOCABULARY
     ),
     "hpsv2": Source("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a", ("HPS_v2.1_compressed.pt",)),
-    # OpenAI's repository has its weights as a pickle only. compare_quality.py reads tensors from it, and no code.
-    "clip": Source(
-        "openai/clip-vit-base-patch32",
-        "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
-        (*PROCESSOR, "model.safetensors|pytorch_model.bin"),
-        ("merges.txt", "special_tokens_map.json", "vocab.json"),
-    ),
+    # Of imagereward and aesthetic no commit is known to us. They and this one hold pickles, of which no code is read.
+    "imagereward": Source("zai-org/ImageReward", "main", ("ImageReward.pt", "med_config.json")),
+    "imagereward-tokenizer": Source("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594", BERT),
+    "aesthetic": Source("trl-lib/ddpo-aesthetic-predictor", "main", ("aesthetic-model.pth",)),
+    "aesthetic-clip": Source("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", MODEL),
+    "clip": Source("openai/clip-vit-base-patch32", "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268", CLIP, VOCABULARY),
     "base-model": Source(
         "stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b", *pipeline("", "_2")
     ),
@@ -218,7 +215,7 @@ def print_use(root: Path, dataset: str) -> None:
     for script, settings in SCRIPTS.items():
         if flags := [f"--{s.replace('_', '-')} {shlex.quote(paths[s])}" for s in settings if s in paths]:
             print(f"    python {script} {' '.join(flags)}")
-    print("\nThe other studies take compare_quality.py's, but no --clip. HF_HUB_OFFLINE=1 keeps all off the network.")
+    print("\nThe other studies take compare_quality.py's. HF_HUB_OFFLINE=1 keeps all off the network.")
 
 
 def main(s: Settings) -> None:

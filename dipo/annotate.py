@@ -53,7 +53,7 @@ def open_data(s, accelerator: Accelerator) -> tuple:
 def scored(s, rows, group, accelerator: Accelerator) -> list[Path]:
     """Files of records, one for each row: the keys of its pictures, their scores (None: cannot be read) and the ranks by the
     labels. With max_train_pairs of as many rows as it takes. group: maps a row to caption, pictures and ranks."""
-    judge, dtype = judge_of(s), dtype_for("auto", accelerator.device)
+    judge, dtype = judge_of(s, s.relabel), dtype_for("auto", accelerator.device)
     by = [judge.name, judge.source, fingerprint(*judge.weights), dtype, s.dataset, s.dataset_split]
     cache = writable_folder(s.cache_dir, "cache-dir")
     folder = cache / "scores" / hashlib.sha256(json.dumps(by).encode()).hexdigest()[:12]

@@ -91,7 +91,7 @@ def agreed_note(s, pipe: DiffusionPipeline, accelerator: Accelerator, resolution
     """What cache.json says, written first where it is not there; UserError where this run is another."""
     wanted = {k: getattr(s, k) for k in ("dataset", "base_model", "vae", "max_train_pairs", *ONLY_SETTINGS)}
     wanted |= {"resolution": resolution, "dtype": str(pipe.vae.dtype)}
-    wanted |= {"judge": judge_of(s).source} if s.relabel else {}
+    wanted |= {"judge": judge_of(s, s.relabel).source} if s.relabel else {}
     if not read_note(s.cache_dir) and any(Path(s.cache_dir).expanduser().glob("*.parquet")):
         raise UserError(f"--cache-dir {s.cache_dir}: holds other parquet files; give an empty folder")
     accelerator.wait_for_everyone()

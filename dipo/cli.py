@@ -27,7 +27,8 @@ class Stopped(Exception):
 
 def first_line(e: BaseException) -> str:
     """What an error says, on one line of at most 300 letters, without what addresses hide."""
-    return clean((str(e).strip().splitlines() or [type(e).__name__])[0])[:300]
+    lines = re.sub(r":\s*\n\s*", ": ", str(e).strip()).splitlines()
+    return clean((lines or [type(e).__name__])[0])[:300]
 
 
 def clean(text: str) -> str:

@@ -199,7 +199,8 @@ def fingerprint(*names: str) -> str:
         if path is None:
             digest.update(name.encode())
             continue
-        weights = (f for f in path.rglob("*.*") if f.suffix in (".safetensors", ".pt", ".bin") or f.name == ADAPTER_CONFIG)
+        kinds = (".safetensors", ".pt", ".pth", ".bin")
+        weights = (f for f in path.rglob("*.*") if f.suffix in kinds or f.name == ADAPTER_CONFIG)
         for file in [path] if path.is_file() else sorted(weights):
             digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
             with open(file, "rb") as f:

@@ -10,10 +10,11 @@ import open_clip
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
-from transformers import AutoProcessor, CLIPModel, CLIPTokenizer
+from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from dipo.cli import UserError
 from dipo.files import find_path
+from dipo.imagereward import linear_head, load_imagereward
 from dipo.models import reason
 
 # The files that hpsv2.utils.hps_version_map names.
@@ -33,6 +34,15 @@ def loading(flag: str, name: str, *files: str):
         ) from e
 
 
+def checkpoint(name: str, file: str, *beside: str) -> Path:
+    """A checkpoint: name itself where that is a file, or this file in the folder, or the hub's repository, of that name. Of
+    the hub come those beside it as well."""
+    path = find_path(name)
+    if path is None:
+        return Path([huggingface_hub.hf_hub_download(name, x) for x in (*beside, file)][-1])
+    return path / file if path.is_dir() else path
+
+
 def rows_of(prompts: list[str]) -> tuple[list[str], torch.Tensor]:
     """The prompts without repetition, and which of them each one is."""
     unique = list(dict.fromkeys(prompts))
@@ -43,13 +53,17 @@ class Judge:
     """What judges have in common: load(dtype) reads the weights, to the CPU at first; to(device) moves them.
 
     name is the column in scores.csv, label what tables and plots call it, with so many digits. source says which model it
-    is, weights names the folders or files that hold it.
+    is, weights names the folders or files that hold it. settings are the names of the settings that make it.
+
+    Where the judge is a model of preference (Bradley-Terry), the difference of two scores, times logit_scale, is the logit
+    of the probability that the first is preferred; logit is the column of scores.csv that holds score times logit_scale.
     """
 
-    name = label = source = ""
+    name = label = source = logit = ""
+    logit_scale: float | None = None
+    settings: tuple[str, ...] = ()
     digits = 4
     weights: tuple[str, ...] = ()
-    logit = ""
     model: torch.nn.Module | None = None
 
     def to(self, device: torch.device) -> None:
@@ -77,7 +91,7 @@ class PickScore(ClipJudge):
     """PickScore (Kirstain et al. 2023): the model's own scale, 100 once trained, times the cosine of image and text."""
 
     name, label, digits = "pickscore", "PickScore", 3
-    logit = "pickscore"
+    logit, logit_scale, settings = "pickscore", 1.0, ("pickscore", "pickscore_processor")
 
     def __init__(self, model: str, processor: str):
         self.paths, self.source, self.weights = (model, processor), f"{model} {processor}", (model,)
@@ -97,7 +111,7 @@ class PickScore(ClipJudge):
 class CLIPScore(ClipJudge):
     """CLIPScore (Hessel et al. 2021): 2.5 times the cosine of image and "A photo depicts" prompt, 0 where negative."""
 
-    name, label = "clipscore", "CLIPScore"
+    name, label, settings = "clipscore", "CLIPScore, 2.5 cos", ("clip",)
     # Section 3: what captions start with.
     prefix = "A photo depicts "
 
@@ -115,11 +129,20 @@ class CLIPScore(ClipJudge):
         return 2.5 * cosine.clamp(min=0)
 
 
+class PaperCLIPScore(CLIPScore):
+    """CLIPScore on the DIPO paper's scale: (cosine of image and prompt + 1) / 2."""
+
+    name, label, prefix = "clipscore_paper", "CLIPScore, (cos + 1) / 2", ""
+
+    def of_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
+        return (cosine + 1) / 2
+
+
 class HPSv2(Judge):
     """HPSv2 (Wu et al. 2023): the cosine of image and prompt. The model is open_clip's ViT-H-14 with the checkpoint's
     weights, or the one whose configuration lies beside it, as the demo's does."""
 
-    name, label = "hpsv2", "HPSv2"
+    name, label, logit, settings = "hpsv2", "HPSv2", "hpsv2_logit", ("hpsv2", "hpsv2_version")
 
     def __init__(self, model: str, version: str = "v2.1"):
         self.path, self.file = model, HPSV2_FILES[version]
@@ -127,11 +150,7 @@ class HPSv2(Judge):
 
     def load(self, dtype: torch.dtype) -> None:
         with loading("hpsv2", self.path, self.file):
-            path = find_path(self.path)
-            if path is None:
-                path = Path(huggingface_hub.hf_hub_download(self.path, self.file))
-            elif path.is_dir():
-                path = path / self.file
+            path = checkpoint(self.path, self.file)
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
             name, folder = "ViT-H-14", None
             if config := next(path.parent.glob("*-hpsv2.json"), None):
@@ -148,6 +167,7 @@ class HPSv2(Judge):
             self.tokenize = open_clip.get_tokenizer(name) if folder is None else folder_tokenizer(folder)
         size = self.model.visual.image_size
         self.size, self.dtype = size[0] if isinstance(size, tuple) else size, dtype
+        self.logit_scale = self.model.logit_scale.exp().item()
 
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
@@ -165,10 +185,90 @@ class HPSv2(Judge):
         return (image.float() * text.float()[rows.to(device)]).sum(dim=-1).cpu()
 
 
-def judge_of(s) -> Judge:
-    """The judge that --relabel names, by the paths in a script's settings."""
-    judges = PickScore(s.pickscore, s.pickscore_processor), HPSv2(s.hpsv2, s.hpsv2_version), CLIPScore(s.clip)
-    return next(judge for judge in judges if judge.name == s.relabel)
+class ImageReward(Judge):
+    """ImageReward (Xu et al. 2023): BLIP's text encoder, which attends to the image, and a head on its first token; as its
+    authors standardise it."""
+
+    name, label, logit, settings = (
+        "imagereward",
+        "ImageReward",
+        "imagereward_logit",
+        ("imagereward", "imagereward_tokenizer"),
+    )
+    # Over their images. Trained on the reward before that.
+    mean, logit_scale = 0.16717362830052426, 1.0333394966054072
+
+    def __init__(self, model: str, tokenizer: str):
+        self.paths, self.source, self.weights = (model, tokenizer), f"{model} {tokenizer}", (model,)
+
+    def load(self, dtype: torch.dtype) -> None:
+        model, tokenizer = self.paths
+        with loading("imagereward", model, "ImageReward.pt", "med_config.json"):
+            path = checkpoint(model, "ImageReward.pt", "med_config.json")
+            self.model = load_imagereward(path, dtype)
+        with loading("imagereward-tokenizer", tokenizer):
+            self.tokenizer = AutoTokenizer.from_pretrained(str(find_path(tokenizer) or tokenizer))
+            # BLIP's, behind BERT's own.
+            self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+
+    @torch.inference_mode()
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        """Scores (N,), float32, on the CPU."""
+        vision, text = self.model["image"], self.model["text"]
+        ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        ids = {k: ids[k].to(text.device) for k in ("input_ids", "attention_mask")}
+        pixels = clip_pixels(images, vision.config.image_size).to(vision.device, vision.dtype)
+        states = text(**ids, encoder_hidden_states=vision(pixels).last_hidden_state).last_hidden_state
+        return (self.model["head"](states[:, 0].float())[:, 0].cpu() - self.mean) / self.logit_scale
+
+
+class Aesthetic(Judge):
+    """LAION's improved aesthetic predictor (Schuhmann et al. 2022): linear layers on the normalised image embedding of
+    OpenAI's CLIP ViT-L/14, trained on ratings of 1 to 10. It does not see the prompt."""
+
+    name, label, digits, settings = "aesthetic", "aesthetic score", 3, ("aesthetic", "aesthetic_clip")
+
+    def __init__(self, model: str, clip: str):
+        self.paths, self.source, self.weights = (model, clip), f"{model} {clip}", (model, clip)
+
+    def load(self, dtype: torch.dtype) -> None:
+        model, clip = self.paths
+        with loading("aesthetic", model, "aesthetic-model.pth"):
+            weights = torch.load(checkpoint(model, "aesthetic-model.pth"), map_location="cpu", weights_only=True)
+            width = weights["layers.0.weight"].shape[1]
+            head = torch.nn.ModuleDict({"layers": linear_head(width)})
+            head.load_state_dict(weights)
+        with loading("aesthetic-clip", clip):
+            vision = CLIPVisionModelWithProjection.from_pretrained(str(find_path(clip) or clip), torch_dtype=dtype)
+            if vision.config.projection_dim != width:
+                raise ValueError(f"it embeds in {vision.config.projection_dim} dimensions, the predictor takes {width}")
+        self.model = torch.nn.ModuleDict({"image": vision, "head": head["layers"].float()}).eval()
+
+    @torch.inference_mode()
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        """Scores (N,), float32, on the CPU."""
+        vision = self.model["image"]
+        pixels = clip_pixels(images, vision.config.image_size).to(vision.device, vision.dtype)
+        embeds = torch.nn.functional.normalize(vision(pixels).image_embeds.float(), dim=-1)
+        return self.model["head"](embeds)[:, 0].cpu()
+
+
+JUDGES = {judge.name: judge for judge in (PickScore, HPSv2, ImageReward, Aesthetic, CLIPScore, PaperCLIPScore)}
+
+
+def judge_of(s, name: str) -> Judge:
+    """The judge of that name, by the paths in a script's settings; UserError where one is empty, as some of the demo are."""
+    judge = JUDGES[name]
+    if lacking := [f"--{x.replace('_', '-')}" for x in judge.settings if not getattr(s, x)]:
+        raise UserError(f"{judge.label} ({name}) needs {' and '.join(lacking)}: a folder or a hub name; --demo has none")
+    return judge(*(getattr(s, x) for x in judge.settings))
+
+
+def judges_of(s) -> list[Judge]:
+    """The judges that --judges names, in that order. Raises UserError for none, or for one twice."""
+    if not s.judges or len({*s.judges}) < len(s.judges):
+        raise UserError(f"--judges {' '.join(s.judges)}: give one or more, and none twice")
+    return [judge_of(s, name) for name in s.judges]
 
 
 def folder_tokenizer(folder: Path):
@@ -176,6 +276,13 @@ def folder_tokenizer(folder: Path):
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     options = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
     return lambda texts: tokenizer(texts, **options).input_ids
+
+
+def clip_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
+    """OpenAI CLIP's own preprocessing, by PIL and in its order: float32 (N, 3, size, size)."""
+    small = [TF.center_crop(TF.resize(x, [size], TF.InterpolationMode.BICUBIC), [size, size]) for x in images]
+    x = torch.stack([TF.to_dtype(TF.pil_to_tensor(x.convert("RGB")), torch.float32, scale=True) for x in small])
+    return TF.normalize(x, list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD))
 
 
 def hpsv2_pixels(image: Image.Image, size: int, device: torch.device) -> torch.Tensor:

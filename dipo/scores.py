@@ -37,16 +37,18 @@ class Scores:
     """scores.csv of a folder, by these judges in this precision (fp16, bf16 or fp32).
 
     Its columns: file (relative to the folder), variant (the file's folder), prompt, category, seed (empty for pictures of
-    unknown origin), image, a score of each judge, scored_by. Rows of other images stay in it.
+    unknown origin), image, by each judge a score and, if it is a model of preference, a logit (see Judge), scored_by. Rows
+    of other images stay in it.
     """
 
     def __init__(self, folder: Path, judges: list[Judge], dtype_name: str):
         self.folder, self.judges, self.dtype = folder, judges, DTYPES[dtype_name]
         self.names = [j.name for j in judges]
+        self.values = [*dict.fromkeys(x for j in judges for x in (j.name, j.logit) if x)]
         by = {j.name: j.source for j in judges}
         by |= {"weights": fingerprint(*(w for j in judges for w in j.weights)), "dtype": dtype_name}
         self.judged_by = json.dumps(by)
-        self.columns = ["file", "variant", "prompt", "category", "seed", "image", *self.names, "scored_by"]
+        self.columns = ["file", "variant", "prompt", "category", "seed", "image", *self.values, "scored_by"]
 
     def load_judges(self) -> list[Judge]:
         """The judges, their weights read, to the CPU for the time being."""
@@ -65,14 +67,14 @@ class Scores:
         if len(table) and not {"file", "image", "scored_by"} <= {*table.columns}:
             raise UserError(f"{self.folder / 'scores.csv'}: not of these scripts, and would be lost; move it away")
         table = table.reindex(columns=[*table.columns, *(c for c in self.columns if c not in table)], fill_value="")
-        for name in self.names:
+        for name in self.values:
             table[name] = pd.to_numeric(table[name], errors="coerce")
         return table.drop_duplicates("file", keep="last")
 
     def read(self, records: dict[str, dict]) -> pd.DataFrame:
         """The rows, in the records' order, that are whole and still true: of these very images, scored by these judges."""
         table = self.table().set_index("file", drop=False)
-        good = table[table[self.names].notna().all(axis=1) & (table["scored_by"] == self.judged_by)]
+        good = table[table[self.values].notna().all(axis=1) & (table["scored_by"] == self.judged_by)]
         files = [f for f, r in records.items() if f in good.index and good.at[f, "image"] == image_id(r)]
         return good.loc[files, self.columns].reset_index(drop=True)
 
@@ -117,5 +119,9 @@ class Scores:
             "seed": [r.get("seed", "") for r in records],
             "image": [image_id(r) for r in records],
         }
-        rows |= {judge.name: judge(images, prompts).tolist() for judge in self.judges}
+        for judge in self.judges:
+            scores = judge(images, prompts)
+            rows[judge.name] = scores.tolist()
+            if judge.logit:
+                rows[judge.logit] = (scores * judge.logit_scale).tolist()
         return pd.DataFrame(rows | {"scored_by": self.judged_by})

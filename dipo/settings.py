@@ -19,10 +19,12 @@ DEMO_PATHS = {
     "pickscore": "assets/demo/pickscore",
     "pickscore_processor": "assets/demo/pickscore",
     "hpsv2": "assets/demo/hpsv2",
-    "clip": "",
+    **dict.fromkeys(("clip", "imagereward", "imagereward_tokenizer", "aesthetic", "aesthetic_clip"), ""),
+    "judges": ("pickscore", "hpsv2"),
     "pickapic": "assets/demo/pickapic",
 }
 
+Judges = tuple[Literal["pickscore", "hpsv2", "imagereward", "aesthetic", "clipscore", "clipscore_paper"], ...]
 # owner/name, or a file in that repository
 HUB_NAME = r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.txt)(/.+\.safetensors)?"
 
@@ -56,6 +58,16 @@ class JudgePaths(ModelPaths):
     """its processor: a folder or a hub name"""
     hpsv2: str
     """HPSv2's checkpoint: a .pt file, a folder or a hub name that holds it"""
+    clip: str
+    """CLIPScore's CLIP model and processor: a folder or a hub name"""
+    imagereward: str
+    """ImageReward's checkpoint: a .pt file with med_config.json beside it, a folder or a hub name that holds both"""
+    imagereward_tokenizer: str
+    """its tokenizer, BERT's: a folder or a hub name"""
+    aesthetic: str
+    """LAION's aesthetic predictor: a .pth file, a folder or a hub name that holds it as aesthetic-model.pth"""
+    aesthetic_clip: str
+    """its CLIP model: a folder or a hub name"""
 
 
 @dataclass(kw_only=True)
@@ -114,6 +126,8 @@ class StudySettings(SamplingSettings, JudgePaths):
     """use these categories only"""
     grid_prompts: int = 16
     """prompts shown in a grid"""
+    judges: Judges = ("pickscore", "hpsv2")
+    """what scores the images; clipscore_paper is CLIPScore as (cosine + 1) / 2"""
     hpsv2_version: Literal["v2.1", "v2.0"] = "v2.1"
     """which of HPSv2's checkpoints"""
     scoring_batch_size: int = 16

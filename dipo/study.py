@@ -197,8 +197,8 @@ class Study:
         """Score what lacks a score; the rows that have images, and those images that each of these rows has, so that
         unfinished studies are compared in pairs too.
 
-        The images come with all that their records hold, and the columns variant, name (of the file), path, and a score for
-        each judge. Raises UserError where there is none, or none of a row that is needed.
+        The images come with all that their records hold, and the columns variant, name (of the file), path, and each judge's
+        score and logit. Raises UserError where there is none, or none of a row that is needed.
         """
         self.bar.close()
         clear_device_cache(garbage_collection=True)
@@ -209,7 +209,7 @@ class Study:
         scores = self.scores.complete(made, self.state, self.device, self.s.scoring_batch_size)
         images = pd.DataFrame([{"file": f, "path": self.folder / f} | r for f, r in made.items()])
         images[["variant", "name"]] = images["file"].str.split("/", expand=True)
-        images = images.merge(scores[["file", *self.scores.names]], on="file")
+        images = images.merge(scores[["file", *self.scores.values]], on="file")
         there = [row for row in self.rows if row.variant in set(images["variant"])]
         if missing := [row.variant for row in needed if row not in there]:
             raise UserError(f"--score-only: no images in {self.folder / missing[0]}, which the tables need; make them first")

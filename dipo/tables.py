@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 
-from dipo.judges import CLIPScore, HPSv2, Judge, PickScore
+from dipo.judges import JUDGES, Judge
 
 
 def text(value: float, kind: str, low: float = math.nan, high: float = math.nan) -> str:
@@ -56,5 +56,5 @@ def win_columns(a: str = "wins", b: str = "losses") -> dict:
 
 def gap_column(table: pd.DataFrame) -> tuple:
     """The mean differences of stats.wins, with the decimals of the judge that the column score names."""
-    digits = {judge.label: judge.digits for judge in (PickScore, HPSv2, CLIPScore)}
+    digits = {judge.label: judge.digits for judge in JUDGES.values()}
     return "difference", [f"+.{digits[label]}f" for label in table["score"]]

@@ -59,9 +59,11 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def random_judges(tmp_path_factory):
-    """Folders of a random CLIPModel with processor and of a random open_clip model, in the layouts of the real ones."""
+    """Folders of a random CLIPModel with processor, of a random open_clip model, of an ImageReward with its tokenizer in
+    bert and of an aesthetic predictor on that CLIP, in the layouts of the real ones."""
     import json
 
+    import helpers
     import make_judges
     import open_clip
     from transformers import CLIPTokenizer
@@ -78,6 +80,8 @@ def random_judges(tmp_path_factory):
     (folder / "demo-hpsv2.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / "demo-hpsv2.json")
     make_judges.save_hpsv2(open_clip.create_model("demo-hpsv2"), config, settings, folder / "hpsv2")
+    helpers.save_imagereward(folder / "imagereward", folder / "bert")
+    helpers.save_aesthetic(folder / "aesthetic", model.config.projection_dim)
     return folder
 
 

@@ -1,6 +1,7 @@
-"""What several test files need: child processes, the loops of the scripts, pictures."""
+"""What several test files need: child processes, the loops of the scripts, pictures, small random judges."""
 
 import importlib
+import json
 import os
 import signal
 import socket
@@ -119,3 +120,94 @@ def coefficients(a_t, a_next, eta, name="hasty_sample"):
         return script(name).sample(pipe, Noise(x, z), [1], eta, 1.0)[0, 0, 0, 0].item()
 
     return step(1, 0, 0), step(0, 1, 0), step(0, 0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------- random judges
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *("a", "photo", "of", "the", "red", "cat", "dog", "hills", ",", "sky", "##s"),
+]
+MED = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "layer_norm_eps": 1e-12}
+MED |= {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "encoder_width": 768,
+}
+MED |= {"max_position_embeddings": 64, "pad_token_id": 0, "vocab_size": len(WORDS) + 2, "add_cross_attention": True}
+MED |= {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "initializer_range": 0.02}
+
+
+def imagereward_shapes(width=128, depth=2, image_size=32):
+    """The tensors of an ImageReward.pt, with a small ViT of patches of 16 and the sizes of MED."""
+    hidden, inner = MED["hidden_size"], MED["intermediate_size"]
+    linear = {"blip.vision_proj": (256, width), "blip.text_proj": (256, hidden)}
+    linear |= {f"mlp.layers.{i}": s for i, s in zip((0, 2, 4, 6, 7), head_shapes(hidden), strict=True)}
+    norms, bare = {"blip.visual_encoder.norm": width}, {}
+    for i in range(depth):
+        block = f"blip.visual_encoder.blocks.{i}."
+        norms |= {f"{block}norm1": width, f"{block}norm2": width}
+        linear |= {f"{block}attn.qkv": (3 * width, width), f"{block}attn.proj": (width, width)}
+        linear |= {f"{block}mlp.fc1": (4 * width, width), f"{block}mlp.fc2": (width, 4 * width)}
+    for i in range(MED["num_hidden_layers"]):
+        layer = f"blip.text_encoder.encoder.layer.{i}."
+        for kind, source in (("attention", hidden), ("crossattention", width)):
+            inputs = {"self.query": hidden, "self.key": source, "self.value": source, "output.dense": hidden}
+            linear |= {f"{layer}{kind}.{name}": (hidden, n) for name, n in inputs.items()}
+            norms[f"{layer}{kind}.output.LayerNorm"] = hidden
+        linear |= {f"{layer}intermediate.dense": (inner, hidden), f"{layer}output.dense": (hidden, inner)}
+        norms[f"{layer}output.LayerNorm"] = hidden
+    text = "blip.text_encoder.embeddings."
+    norms[f"{text}LayerNorm"] = hidden
+    bare |= {f"{text}word_embeddings.weight": (MED["vocab_size"], hidden)}
+    bare |= {f"{text}position_embeddings.weight": (MED["max_position_embeddings"], hidden)}
+    image = "blip.visual_encoder."
+    bare |= {f"{image}cls_token": (1, 1, width), f"{image}pos_embed": (1, (image_size // 16) ** 2 + 1, width)}
+    linear[f"{image}patch_embed.proj"] = (width, 3, 16, 16)
+    bare |= {f"{name}.weight": shape for name, shape in linear.items()}
+    bare |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
+    return bare | {f"{name}.{kind}": (n,) for name, n in norms.items() for kind in ("weight", "bias")}
+
+
+def head_shapes(width):
+    return [(1024, width), (128, 1024), (64, 128), (16, 64), (1, 16)]
+
+
+def random_weights(shapes, seed=0):
+    """Such that every tensor tells in what comes out."""
+    g, weights = torch.Generator().manual_seed(seed), {}
+    for name, shape in shapes.items():
+        x = torch.randn(shape, generator=g)
+        weights[name] = x * 0.3 if len(shape) == 1 or "embed" in name else x * (1.5 / x[0].numel() ** 0.5)
+        if "norm" in name.lower() and name.endswith("weight"):
+            weights[name] += 1
+    return weights
+
+
+def save_imagereward(folder, tokenizer):
+    """A small random ImageReward.pt with med_config.json, and BERT's tokenizer with few words; as on the hub."""
+    folder.mkdir()
+    weights = random_weights(imagereward_shapes())
+    weights["blip.text_encoder.embeddings.position_ids"] = torch.arange(MED["max_position_embeddings"])[None]
+    torch.save(weights, folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(json.dumps(MED))
+    from transformers import BertTokenizer
+
+    tokenizer.mkdir()
+    (tokenizer / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizer(vocab=str(tokenizer / "vocab.txt"), do_lower_case=True).save_pretrained(tokenizer)
+    (tokenizer / "tokenizer_config.json").write_text('{"do_lower_case": true, "model_max_length": 512}')
+    (tokenizer / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+
+
+def save_aesthetic(folder, width):
+    folder.mkdir()
+    shapes = {f"layers.{i}.weight": s for i, s in zip((0, 2, 4, 6, 7), head_shapes(width), strict=True)}
+    shapes |= {k.replace("weight", "bias"): s[:1] for k, s in shapes.items()}
+    torch.save(random_weights(shapes), folder / "aesthetic-model.pth")

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -13,11 +14,13 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
 
 import datasets
+import helpers
 import numpy as np
 import pandas as pd
 import pytest
@@ -33,6 +36,19 @@ from dipo import checksums, cli, files, pairs, schemas
 from dipo import hub as dipo_hub
 
 REPO = {name: source.repo for name, source in dm.SOURCES.items()}
+
+
+def small_judges(width: int) -> dict:
+    """ImageReward with its tokenizer, and an aesthetic predictor of embeddings so wide; random."""
+    repositories = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        helpers.save_imagereward(root / "imagereward", root / "imagereward-tokenizer")
+        helpers.save_aesthetic(root / "aesthetic", width)
+        for name in ("imagereward", "imagereward-tokenizer", "aesthetic"):
+            files = {p.name: p.read_bytes() for p in (root / name).iterdir()}
+            repositories[REPO[name]] = files | {"model.safetensors": b"not needed"}
+    return repositories
 
 
 def stand_ins() -> tuple[dict, dict]:
@@ -59,6 +75,8 @@ def stand_ins() -> tuple[dict, dict]:
         REPO["pickscore-processor"]: {**processor, "open_clip_pytorch_model.bin": b"not needed"},
         REPO["hpsv2"]: {"HPS_v2.1_compressed.pt": hpsv2, "HPS_v2_compressed.pt": b"the older one"},
         REPO["clip"]: {**processor, **weights, "flax_model.msgpack": b"not needed"},
+        REPO["aesthetic-clip"]: {**processor, **weights, "tf_model.h5": b"not needed"},
+        **small_judges(json.loads(clip["config.json"])["projection_dim"]),
         REPO["base-model"]: base,
         REPO["vae"]: {
             "config.json": (DEMO / "vae/config.json").read_bytes(),
@@ -771,7 +789,7 @@ def test_settings_of_the_scripts():
     assert td.Settings.dataset == dm.PICKAPIC.repo
     for name in STUDIES[1:]:
         names = {f.name for f in fields(importlib.import_module(name).Settings)}
-        assert set(dm.SCRIPTS["compare_quality.py"]) - names == {"clip"}
+        assert set(dm.SCRIPTS["compare_quality.py"]) <= names
 
 
 STUDIES = ("compare_quality", "Ablation_experiment", "Semantic_Categories", "Human_Preference_compare")
@@ -845,14 +863,14 @@ def test_scripts_use_it_without_network(everything, no_network, run, tmp_path):
     assert code == 0, err
     assert files.read_record(tmp_path / "out/00000.png")["prompt"] == "a red circle"
     study = ("--steps", 1, 2, "--baseline-steps", 3, "--prompts", "parti", "--limit", 1, "--batch-size", 2)
+    study += ("--judges", "pickscore", "hpsv2", "clipscore", "imagereward", "aesthetic")
     code, _, err = run("compare_quality", *flags(out, "compare_quality.py"), *study, "--output-dir", "study")
     assert code == 0, err
     scores = pd.read_csv(tmp_path / "study/scores.csv")
     assert len(scores) == 6 and scores[["pickscore", "hpsv2", "clipscore"]].notna().all(axis=None)
-    no_clip = flags(out, "compare_quality.py")
-    del no_clip[no_clip.index("--clip") : no_clip.index("--clip") + 2]
+    assert scores[["imagereward_logit", "aesthetic"]].notna().all(axis=None)
     study = ("--etas", 0, 1, "--num-inference-steps", 2, "--prompts", "parti", "--limit", 1)
-    code, _, err = run("Ablation_experiment", *no_clip, *study, "--output-dir", "eta")
+    code, _, err = run("Ablation_experiment", *flags(out, "compare_quality.py"), *study, "--output-dir", "eta")
     assert code == 0, err
     train = ("--dataset", ROOT / "assets/demo/pickapic/train.parquet", "--max-train-steps", 1, "--effective-batch-size", 2)
     train += ("--output-dir", "trained", "--validate-every", 0)

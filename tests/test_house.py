@@ -12,7 +12,7 @@ MODULES = sorted(p.stem for p in (ROOT / "dipo").glob("[!_]*.py"))
 # From below: a module imports those of the levels before its own only.
 LEVELS = (
     ("cli", "stats", "timesteps", "pictures"),
-    ("files", "devices"),
+    ("files", "devices", "imagereward"),
     ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums", "single_file"),
     ("models", "settings", "hub", "folders", "losses"),
     ("compiled", "judges", "loras", "training", "schemas"),
@@ -82,15 +82,16 @@ def test_paths_that_scripts_share_are_the_same_everywhere():
     shared = {}
     for name in (*SAMPLERS, "train_dipo"):
         settings = script(name).Settings
-        for path in ("base_model", "dpo_unet", "vae", "pickscore", "pickscore_processor", "hpsv2", "parti", "pickapic"):
+        paths = ("base_model", "dpo_unet", "vae", "pickscore", "pickscore_processor", "hpsv2", "parti", "pickapic", "clip")
+        for path in (*paths, "imagereward", "imagereward_tokenizer", "aesthetic", "aesthetic_clip"):
             if hasattr(settings, path):
                 shared.setdefault(path, {})[name] = getattr(settings, path)
-    assert len(shared) == 8
+    assert len(shared) == 13
     for path, values in shared.items():
         assert len({*values.values()}) == 1, (path, values)
     # And the package has no default for them.
     text = "".join((ROOT / f"dipo/{name}.py").read_text() for name in MODULES if name not in ("batches", "pickapic"))
-    assert not any(next(iter(values.values())) in text for values in shared.values())
+    assert not any(f'"{next(iter(values.values()))}"' in text for values in shared.values())
 
 
 @pytest.mark.parametrize("name", MODULES)

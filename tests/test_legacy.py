@@ -9,6 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 
+import Ablation_experiment as ablation
 import hasty_sample
 from dipo.files import fingerprint, read_record
 from dipo.models import image_settings
@@ -42,15 +43,21 @@ def test_images_of_hasty_sample(run, tmp_path):
 def test_images_and_scores_of_a_study(run, tmp_path, monkeypatch):
     shutil.copytree(LEGACY / "Ablation_experiment", tmp_path / "out")
     before = {p: p.read_bytes() for p in Path("out").rglob("*.*")}
-    monkeypatch.setattr(Scores, "load_judges", lambda *_: 1 / 0)
+    monkeypatch.setattr(ablation, "load_pipeline", None)
     code, out, err = run("Ablation_experiment", *SMALL, "--limit", 1, "--etas", 0, 1)
     assert code == 0 and out.startswith("6 of 6 images are in out"), err
     for path, content in before.items():
-        if path.name not in ("eta.csv", "fluctuation.csv"):
+        if path.suffix != ".csv":
             assert path.read_bytes() == content, path
-    for name in ("eta.csv", "fluctuation.csv"):
+    # Scored once more, for HPSv2's logits, which older versions did not keep.
+    for name in ("scores.csv", "eta.csv", "fluctuation.csv"):
         old, new = (pd.read_csv(folder / name) for folder in (LEGACY / "Ablation_experiment", Path("out")))
-        pd.testing.assert_frame_equal(new[old.columns], old)
+        pd.testing.assert_frame_equal(new[old.columns], old, rtol=1e-3)
+    assert pd.read_csv("out/scores.csv")["hpsv2_logit"].notna().all()
+    written = Path("out/scores.csv").stat().st_mtime_ns
+    monkeypatch.setattr(Scores, "load_judges", lambda *_: 1 / 0)
+    assert run("Ablation_experiment", *SMALL, "--limit", 1, "--etas", 0, 1)[0] == 0
+    assert Path("out/scores.csv").stat().st_mtime_ns == written
 
 
 def test_a_checkpoint_of_train_dipo(run, tmp_path):

@@ -211,7 +211,7 @@ def test_the_demos_judge(tmp_path):
 @pytest.mark.parametrize("name", ["pickscore", "hpsv2", "clipscore"])
 def test_the_judge_is_the_one_that_is_named(name):
     paths = {"pickscore": "a", "pickscore_processor": "b", "hpsv2": "c", "hpsv2_version": "v2.0", "clip": "d"}
-    judge = judge_of(td.Settings(relabel=name, **paths))
+    judge = judge_of(td.Settings(**paths), name)
     assert (judge.name, judge.source) == (name, {"pickscore": "a b", "hpsv2": "c v2.0", "clipscore": "d"}[name])
 
 

@@ -120,7 +120,7 @@ def test_a_tiny_demo_leaves_tables_plots_and_grids(finished, script):
         assert sorted(p.name for p in (folder / name).iterdir()) == [f"{i:05d}.png" for i in range(6)]
     scores = pd.read_csv(folder / "scores.csv")
     assert scores.columns.tolist() == [
-        *("file", "variant", "prompt", "category", "seed", "image", "pickscore", "hpsv2", "scored_by")
+        *("file", "variant", "prompt", "category", "seed", "image", "pickscore", "hpsv2", "hpsv2_logit", "scored_by")
     ]
     assert scores["file"].tolist() == [f"{v}/{i:05d}.png" for v in FOLDERS[script] for i in range(6)]
     # Paired: the same prompts and seeds under every variant, the categories in turn.
@@ -547,11 +547,58 @@ def test_wrong_rows_end_with_one_line(run, rows, said):
     assert not Path("out").exists()
 
 
-def test_clipscore_gets_its_column(copy, run):
+@pytest.mark.parametrize("script", TINY)
+def test_a_judge_that_the_demo_lacks_is_said(run, script):
+    """Before anything is loaded. None of them runs without a judge."""
+    for name, needs in (
+        ("clipscore", "--clip"),
+        ("imagereward", "--imagereward and --imagereward-tokenizer"),
+        ("aesthetic", "--aesthetic and --aesthetic-clip"),
+    ):
+        code, _, err = run(script, "--demo", "--judges", "hpsv2", name)
+        assert (
+            code == 2 and err.count("\n") == 1 and f"({name}) needs {needs}: a folder or a hub name; --demo has none" in err
+        )
+    code, _, err = run(script, "--demo", "--judges", "hpsv2", "hpsv2")
+    assert code == 2 and err == "error: --judges hpsv2 hpsv2: give one or more, and none twice\n"
+
+
+def test_what_is_asked_of_a_demo_is_not_replaced(run):
+    """Also where it is what the script does without --demo."""
+    names = ("pickscore", "hpsv2", "clipscore", "clipscore_paper")
+    code, _, err = run("compare_quality", "--demo", "--score-only", "--output-dir", "none", "--judges", *names)
+    assert code == 2 and "CLIPScore, 2.5 cos (clipscore) needs --clip" in err
+
+
+def test_every_judge_gets_its_columns(copy, run, random_judges):
+    """And the tables are theirs, in the order of --judges."""
     folder, flags = copy("compare_quality")
-    code, out, err = run("compare_quality", *flags, "--clip", "assets/demo/pickscore", "--score-only")
-    assert code == 0 and "CLIPScore" in out, err
+    names = ("imagereward", "hpsv2", "aesthetic")
+    paths = [x for n in ("imagereward", "aesthetic") for x in (f"--{n}", random_judges / n)]
+    paths += ["--imagereward-tokenizer", random_judges / "bert", "--aesthetic-clip", random_judges / "pickscore"]
+    code, out, err = run("compare_quality", *flags, "--judges", *names, *paths, "--score-only")
+    assert code == 0 and all(f"| {label} " in out for label in ("ImageReward", "HPSv2", "aesthetic score")), err
+    scores = pd.read_csv(folder / "scores.csv")
+    columns = ["imagereward", "imagereward_logit", "hpsv2", "hpsv2_logit", "aesthetic"]
+    assert scores[columns].notna().all(axis=None)
+    np.testing.assert_allclose(scores["imagereward_logit"], scores["imagereward"] * 1.0333394966054072, rtol=1e-5)
+    scale = torch.load(ROOT / "assets/demo/hpsv2/HPS_v2.1_compressed.pt", weights_only=True)["state_dict"]["logit_scale"]
+    np.testing.assert_allclose(scores["hpsv2_logit"], scores["hpsv2"] * scale.float().exp().item(), rtol=1e-5)
+    wins = pd.read_csv(folder / "wins.csv")
+    assert list(dict.fromkeys(wins["score"])) == ["ImageReward", "HPSv2", "aesthetic score"]
+    before = (folder / "scores.csv").stat().st_mtime_ns
+    assert run("compare_quality", *flags, "--judges", *names, *paths, "--score-only")[0] == 0
+    assert (folder / "scores.csv").stat().st_mtime_ns == before
+
+
+def test_clipscore_gets_its_columns(copy, run):
+    """Both of its scales, each named."""
+    folder, flags = copy("compare_quality")
+    judges = ("--judges", "pickscore", "hpsv2", "clipscore", "clipscore_paper", "--clip", "assets/demo/pickscore")
+    code, out, err = run("compare_quality", *flags, *judges, "--score-only")
+    assert code == 0 and "| CLIPScore, 2.5 cos " in out and "| CLIPScore, (cos + 1) / 2 " in out, err
     scores, table = pd.read_csv(folder / "scores.csv"), pd.read_csv(folder / "table1.csv").set_index("variant")
+    assert scores["clipscore_paper"].between(0, 1).all() and scores["clipscore_paper"].nunique() > 6
     assert scores["clipscore"].between(0, 2.5).all() and scores["clipscore"].nunique() > 6
     mean = scores[scores["variant"] == "dipo-3"]["clipscore"].mean()
     assert table.at["dipo-3", "clipscore"] == pytest.approx(mean)
