@@ -16,6 +16,7 @@ the same command is given again; more etas add what is missing only. PickScore i
 (near 22), HPSv2 a cosine (near 0.28). To use other models, edit the paths at the top of Settings or pass them as flags.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from math import sqrt
@@ -215,13 +216,15 @@ def fluctuation(scores: pd.DataFrame) -> dict[str, float]:
 
 def plot_eta(s: Settings, means: pd.DataFrame, moved: pd.DataFrame, judges: list) -> Figure:
     """Both scores over eta, with the intervals of their paired differences from the lowest eta."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(judges), 4.8), layout="constrained")
     eta = means["eta"]
-    panels = zip(figure.subplots(1, 2), judges, (BLUE, ORANGE), moved.itertuples(), strict=True)
-    for axes, judge, colour, r in panels:
+    panels = np.atleast_1d(figure.subplots(1, len(judges)))
+    for axes, judge, colour, r in zip(panels, judges, itertools.cycle((BLUE, ORANGE)), moved.itertuples(), strict=False):
         y, gap, low, high = (means[f"{judge.name}{x}"] for x in ("", "_difference", "_difference_low", "_difference_high"))
         half = abs(y.mean()) * 0.0015 / 2
-        axes.axhspan(y.mean() - half, y.mean() + half, color=GREY, alpha=0.5, label="0.15 % of the mean (the paper's claim)")
+        axes.axhspan(
+            y.mean() - half, y.mean() + half, color=GREY, alpha=0.5, label="0.15 % of the mean (the paper's figure)"
+        )
         # The interval that matters is that of the change: how the prompts differ is the same at every eta.
         change = f"mean, and 95 % of its change from η = {eta[0]:g}"
         axes.errorbar(eta, y, [gap - low, high - gap], marker="o", color=colour, capsize=3, label=change)

@@ -28,7 +28,7 @@ from dipo.batches import Batch
 from dipo.compiled import projected_once
 from dipo.figures import plot_wins, save_plot
 from dipo.files import write_csv
-from dipo.judges import judges_of
+from dipo.judges import HPSv2, judges_of
 from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
 from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed, papers
@@ -142,8 +142,8 @@ def report(s: Settings, study: Study, rows: list[Row], images: pd.DataFrame) -> 
         for sampling, (tuned, base) in samplings.items()
         for judge in reversed(judges)
     )
-    paper = {next(iter(samplings)): PAPER} if (s.dipo_steps, s.eta) == (50, 0) else {}
-    wins["paper"] = wins["sampling"].map(paper).astype(float)
+    as_paper = (wins["sampling"] == next(iter(samplings))) & (wins["score"] == HPSv2.label)
+    wins["paper"] = pd.Series(PAPER, wins.index).where(as_paper & ((s.dipo_steps, s.eta) == (50, 0)))
     columns = {"sampling": "sampling", "score": "score"} | win_columns("tuned wins", "base wins")
     columns |= {"mean gain": gap_column(wins), f"{papers(s, PAPER_TERMS)}, %": ("paper", ".1f")}
     title = "Tuned against base UNet: win rates (95 % Wilson) and mean gains (95 % paired bootstrap)"
@@ -156,7 +156,7 @@ def report(s: Settings, study: Study, rows: list[Row], images: pd.DataFrame) -> 
 
     study.finish(
         write_csv(study.folder / "preference.csv", wins),
-        save_plot(plot_wins(wins, "sampling", "tuned over base UNet", paper), study.folder / "preference.png", s.demo),
+        save_plot(plot_wins(wins, "sampling", "tuned over base UNet"), study.folder / "preference.png", s.demo),
         *study.grid("grid", rows, images),
     )
 

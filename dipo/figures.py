@@ -42,11 +42,11 @@ def plot_text(text: str, most: int = 24) -> str:
     return text.replace("$", r"\$")
 
 
-def plot_wins(table: pd.DataFrame, by: str, title: str, paper: dict[str, float] | None = None) -> Figure:
+def plot_wins(table: pd.DataFrame, by: str, title: str) -> Figure:
     """How often the first side's picture is preferred, a row for each value of the column by, a panel for each score: the
     share of pairs in which it scores higher, and the mean probability that the judge's own model gives it, with 95 %
-    intervals. table: rows of stats.wins with the columns score and by. paper: its figure in % by value of by."""
-    scores, paper = list(dict.fromkeys(table["score"])), paper or {}
+    intervals. table: rows of stats.wins with the columns score, by and, where the paper has a figure in %, paper."""
+    scores = list(dict.fromkeys(table["score"]))
     figure = Figure(figsize=(11, 1.9 + 0.62 * len(table) / len(scores)), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(scores), sharey=True))
     kinds = (("win_rate", "low", "high", "scores higher, % of pairs", GREY, "s"),)
@@ -58,9 +58,8 @@ def plot_wins(table: pd.DataFrame, by: str, title: str, paper: dict[str, float] 
             bars = np.maximum([x - 100 * rows[low], 100 * rows[high] - x], 0)
             style = {"fmt": marker, "color": colour, "capsize": 4, "label": label, "zorder": 3}
             axes.errorbar(x, rows.index + shift, xerr=bars, **style)
-        known = [(paper[value], i) for i, value in enumerate(rows[by]) if value in paper]
-        if known:
-            axes.plot(*zip(*known, strict=True), "x", color=ORANGE, markersize=9, label="the paper's figure", zorder=4)
+        label = "the paper's figure"
+        axes.plot(pd.to_numeric(rows["paper"], errors="coerce"), rows.index - 0.16, "x", color=ORANGE, ms=9, label=label)
         axes.axvline(50, color="black", linewidth=0.8, linestyle="--")
         axes.set_yticks(rows.index, [f"{plot_text(str(v))}\nn = {n}" for v, n in zip(rows[by], rows["n"], strict=True)])
         axes.set(xlim=(-3, 103), ylim=(len(rows) - 0.5, -0.5))

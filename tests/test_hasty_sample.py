@@ -20,6 +20,7 @@ from PIL import Image
 
 import hasty_sample
 from dipo import cli
+from dipo.files import read_record
 from dipo.settings import DEMO_PATHS, completed
 
 SCRIPT = ROOT / "hasty_sample.py"
@@ -494,3 +495,26 @@ def test_not_even_one_image_fits(run, monkeypatch):
     monkeypatch.setattr(hasty_sample, "sample", no_gpu)
     code, _, err = run("hasty_sample", *FAST, "--limit", 1, "--output-dir", "out")
     assert code == 2 and "one image alone does not fit" in err
+
+
+def test_given_timesteps_and_align_your_steps(run):
+    """The ten of Align Your Steps, given by hand or by name, make one and the same picture, unlike 10 leading steps."""
+    ten = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13)
+    flags = ("--demo", "--limit", 1, "--num-inference-steps", 10, "--output-dir")
+    for folder, more in {"a": ("--timesteps", *ten), "b": ("--timestep-spacing", "ays"), "c": ()}.items():
+        code, _, err = run("hasty_sample", *flags, folder, *more)
+        assert code == 0, err
+    assert (pixels(Path("a/00000.png")) == pixels(Path("b/00000.png"))).all()
+    assert np.abs(pixels(Path("a/00000.png")) - pixels(Path("c/00000.png"))).max() > 5
+    record = read_record(Path("a/00000.png"))
+    assert record["timesteps"] == list(ten) and record["num_inference_steps"] == 10
+    assert "Timesteps: 999 845" in Image.open("a/00000.png").info["parameters"]
+    code, out, err = run("hasty_sample", *flags, "a", "--timesteps", *ten)
+    assert code == 0 and "1 of 1 images are in a already" in out, err
+    for more, said in (
+        (("--timesteps", 10, 20), "--timesteps 10 20: give numbers from 999 down to 0, each below the one before"),
+        (("--timesteps", 1000, 20), "--timesteps 1000 20: give numbers"),
+        (("--timestep-spacing", "ays", "--num-inference-steps", 60), "ays: made for few steps, not 60; use 50 or fewer"),
+    ):
+        code, _, err = run("hasty_sample", *flags, "d", *more)
+        assert code == 2 and said in err and not Path("d").exists(), err

@@ -32,7 +32,7 @@ HOSTILE = [
 ]
 STUDIES = {
     "compare_quality": ("--steps", 2, "--baseline-steps", 3, "--rows", ROOT / "tests/rows.yaml"),
-    "Ablation_experiment": ("--num-inference-steps", 2, "--etas", 0, 1),
+    "Ablation_experiment": ("--num-inference-steps", 2, "--etas", 0, 1, "--redraws", 0),
     "Semantic_Categories": ("--dipo-steps", 2, "--baseline-steps", 3),
     "Human_Preference_compare": ("--dipo-steps", 2, "--baseline-steps", 3),
 }

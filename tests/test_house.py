@@ -18,6 +18,7 @@ LEVELS = (
     ("compiled", "judges", "loras", "training", "schemas"),
     ("batches", "scores", "tables", "cache", "results", "pickapic"),
     ("study", "annotate"),
+    ("rows",),
 )
 
 

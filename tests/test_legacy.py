@@ -44,7 +44,7 @@ def test_images_and_scores_of_a_study(run, tmp_path, monkeypatch):
     shutil.copytree(LEGACY / "Ablation_experiment", tmp_path / "out")
     before = {p: p.read_bytes() for p in Path("out").rglob("*.*")}
     monkeypatch.setattr(ablation, "load_pipeline", None)
-    code, out, err = run("Ablation_experiment", *SMALL, "--limit", 1, "--etas", 0, 1)
+    code, out, err = run("Ablation_experiment", *SMALL, "--limit", 1, "--etas", 0, 1, "--redraws", 0)
     assert code == 0 and out.startswith("6 of 6 images are in out"), err
     for path, content in before.items():
         if path.suffix != ".csv":
@@ -56,7 +56,7 @@ def test_images_and_scores_of_a_study(run, tmp_path, monkeypatch):
     assert pd.read_csv("out/scores.csv")["hpsv2_logit"].notna().all()
     written = Path("out/scores.csv").stat().st_mtime_ns
     monkeypatch.setattr(Scores, "load_judges", lambda *_: 1 / 0)
-    assert run("Ablation_experiment", *SMALL, "--limit", 1, "--etas", 0, 1)[0] == 0
+    assert run("Ablation_experiment", *SMALL, "--limit", 1, "--etas", 0, 1, "--redraws", 0)[0] == 0
     assert Path("out/scores.csv").stat().st_mtime_ns == written
 
 

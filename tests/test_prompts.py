@@ -202,4 +202,4 @@ def test_prompts_of_the_known_sets(tmp_path, monkeypatch):
 def test_the_demos_prompts_are_held_out_captions():
     lines = {c: (ROOT / f"assets/demo/prompts/{c}.txt").read_text().splitlines() for c in world.SLOTS}
     scenes = world.sample_scenes("held_out", 117, 1)
-    assert lines == {c: [world.caption(x) for x in scenes if x.category == c] for c in world.SLOTS}
+    assert lines == {c: [world.caption(x, w) for w in (0, 1) for x in scenes if x.category == c] for c in world.SLOTS}
