@@ -56,9 +56,8 @@ class Row:
     @property
     def sampler(self) -> str:
         """What its images say they were made with."""
-        return " ".join(
-            ["DDIM" if self.scheduler == "ddim" else self.scheduler, *(f"{k}={v}" for k, v in self.options.items())]
-        )
+        options = [f"{k}={v}" for k, v in sorted(self.options.items())]
+        return " ".join(["DDIM" if self.scheduler == "ddim" else self.scheduler, *options])
 
     def tau(self, pipe: DiffusionPipeline, spacing: str) -> list[int]:
         return list(self.timesteps) or subsequence(pipe, self.steps, spacing)
