@@ -23,7 +23,7 @@ from dipo.judges import Judge, judge_of
 from dipo.models import quiet_libraries
 from dipo.pairs import check_usable, stored
 from dipo.pictures import UNREADABLE, open_picture
-from dipo.schemas import content_key, layout, located_group, open_dataset, ordered, pairs_in, pairs_of, ranks_of
+from dipo.schemas import content_key, group_of, layout, open_dataset, ordered, pairs_in, pairs_of, ranks_of
 from dipo.stats import win_rate
 
 # Rows of data in a file of scores, pictures that are scored together.
@@ -39,11 +39,11 @@ def open_data(s, accelerator: Accelerator) -> tuple:
         return None, None
     rows = open_dataset(s.dataset, s.dataset_split)
     if s.relabel:
-        schema, folder = layout(rows, s.dataset, s.dataset_split)
-        files = scored(s, rows, partial(located_group, schema=schema, folder=folder), accelerator)
+        schema = layout(rows, s.dataset, s.dataset_split)
+        files = scored(s, rows, partial(group_of, schema=schema), accelerator)
         tell(s, files, accelerator)
         judged = {"scores": scores_of(records_in(files)), "margin": s.relabel_margin}
-        find = partial(pairs_in, schema=schema, folder=folder, ranked_pairs=s.ranked_pairs, **judged)
+        find = partial(pairs_in, schema=schema, ranked_pairs=s.ranked_pairs, **judged)
     else:
         find = pairs_of(rows, s.dataset, s.dataset_split, s.ranked_pairs)
     check_usable(rows, find, s.dataset)
