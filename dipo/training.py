@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
-import importlib.util
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -33,32 +33,25 @@ def check_training(s) -> None:
     check_at_least(s, max_train_steps=1, effective_batch_size=1, train_batch_size=1, lr_warmup_steps=0, lora_rank=0)
     check_at_least(s, shuffle_buffer=1, num_workers=0, checkpoint_every=1, keep_checkpoints=1, validate_every=0)
     check_at_least(s, max_train_pairs=1, seed=0, resolution=8)
-    if not 0 <= s.weight_decay < math.inf:
-        raise UserError(f"--weight-decay {s.weight_decay}: use 0 or more")
-    for name in ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio", "lora_alpha"):
-        value = getattr(s, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} {value}: use a finite number above 0")
-    if not 0 <= s.caption_dropout < 1:
-        raise UserError(f"--caption-dropout {s.caption_dropout}: use 0 (every pair with its caption) to less than 1")
-    if not 0 <= s.relabel_margin < math.inf:
-        raise UserError(f"--relabel-margin {s.relabel_margin}: use 0 or more, in the judge's own units")
-    if s.relabel_margin and not s.relabel:
-        raise UserError(f"--relabel-margin {s.relabel_margin}: has no scores without a judge; add --relabel pickscore")
-    if s.relabel == "clipscore" and not s.clip:
-        raise UserError("--relabel clipscore: there is no model (--clip is empty, as the demo's is); give one")
-    if s.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed-precision fp16: needs a CUDA GPU; use bf16 or no")
-    if s.winner_preserving is not None and not 0 <= s.winner_preserving <= 1:
-        raise UserError(f"--winner-preserving {s.winner_preserving}: use 0 to 1")
-    if s.winner_preserving is not None and s.loss == "sft":
-        raise UserError("--winner-preserving: sft trains on winners only; leave it out, or use another --loss")
-    if s.reference == "base" and (s.lora_rank or s.loss in WITHOUT_REFERENCE or not s.init_unet):
-        raise UserError("--reference base: is for --init-unet with a loss that has a reference, and without --lora-rank")
-    if s.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("--optimizer adamw8bit: the package is not installed; pip install bitsandbytes")
-    if s.wandb and not is_wandb_available():
-        raise UserError("--wandb: the package is not installed; pip install wandb")
+    numbers = ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio", "lora_alpha")
+    rules = [(x, getattr(s, x) is None or 0 < getattr(s, x) < math.inf, "use a finite number above 0") for x in numbers]
+    mu, tied = s.winner_preserving, s.init_unet and not s.lora_rank and s.loss not in WITHOUT_REFERENCE
+    rules += [
+        ("weight_decay", 0 <= s.weight_decay < math.inf, "use 0 or more"),
+        ("caption_dropout", 0 <= s.caption_dropout < 1, "use 0 (every pair with its caption) to less than 1"),
+        ("relabel_margin", 0 <= s.relabel_margin < math.inf, "use 0 or more, in the judge's own units"),
+        ("relabel_margin", s.relabel or not s.relabel_margin, "has no scores without a judge; add --relabel pickscore"),
+        ("relabel", s.relabel != "clipscore" or s.clip, "there is no model (--clip is empty, as the demo's is); give one"),
+        ("mixed_precision", s.mixed_precision != "fp16" or torch.cuda.is_available(), "needs a CUDA GPU; use bf16 or no"),
+        ("winner_preserving", mu is None or 0 <= mu <= 1, "use 0 to 1"),
+        ("winner_preserving", mu is None or s.loss != "sft", "sft trains on winners only; leave it out"),
+        ("reference", s.reference == "init" or tied, "needs --init-unet, a loss that has a reference, and no --lora-rank"),
+        ("optimizer", s.optimizer != "adamw8bit" or find_spec("bitsandbytes"), "not installed; pip install bitsandbytes"),
+        ("wandb", not s.wandb or is_wandb_available(), "not installed; pip install wandb"),
+    ]
+    for name, fine, advice in rules:
+        if not fine:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: {advice}")
 
 
 def best_precision(device: str) -> str:
