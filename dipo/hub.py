@@ -87,9 +87,7 @@ def explain(e: Exception, source: Source) -> DownloadError:
     if isinstance(e, errors.GatedRepoError):
         return RepositoryError(f"{where}: gated; accept its terms on its page, set HF_TOKEN and run this again")
     if isinstance(e, errors.RepositoryNotFoundError):
-        return RepositoryError(
-            f"{where}: no such repository, or none that you may read; set HF_TOKEN if it is private, and look at HF_ENDPOINT"
-        )
+        return RepositoryError(f"{where}: no such repository, or none that you may read; look at HF_TOKEN and HF_ENDPOINT")
     if isinstance(e, errors.RevisionNotFoundError):
         return RepositoryError(f"{where}: no such revision; take the newest with --revision main")
     if getattr(e, "errno", None) in (*REPAIRABLE, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
@@ -101,9 +99,7 @@ def explain(e: Exception, source: Source) -> DownloadError:
         return RepositoryError(f"{where}: a file is not there ({said}); try --revision main")
     if status or "Consistency check" in said:
         return RepositoryError(f"{where}: cannot be fetched ({said}); run this again later: what has arrived is kept")
-    return DownloadError(
-        f"{where}: cannot be fetched ({said}); look at the connection and run this again: what has arrived is kept"
-    )
+    return DownloadError(f"{where}: cannot be fetched ({said}); look at the connection, run this again: it goes on")
 
 
 def repo_info(source: Source, revision: str, **more):

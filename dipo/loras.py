@@ -37,7 +37,7 @@ SPELLINGS |= {"^label_emb_0_0$": "add_embedding_linear_1", "^label_emb_0_2$": "a
 SPELLINGS |= {"_in_layers_2$": "_conv1", "_out_layers_3$": "_conv2", "_emb_layers_1$": "_time_emb_proj"}
 SPELLINGS |= {"_skip_connection$": "_conv_shortcut", "^middle_block_0_": "mid_block_resnets_0_"}
 SPELLINGS |= {"^middle_block_1_": "mid_block_attentions_0_", "^middle_block_2_": "mid_block_resnets_1_"}
-LYCORIS = {"lokr_": "LoKr", "hada_": "LoHa", "lora_mid": "LoCon with a Tucker core", "oft_": "OFT"}
+LYCORIS = "lokr_|hada_|oft_|lora_mid"  # LoKr, LoHa, OFT, LoCon with a Tucker core
 
 
 class Lora(NamedTuple):
@@ -128,9 +128,8 @@ def by_layer(tensors: dict[str, torch.Tensor]) -> tuple[dict[tuple[str, str], di
 
 def other_kind(shapes: dict[str, list[int]], layers: dict) -> str:
     """What a file is that is no LoRA; empty for a LoRA."""
-    for key in shapes:
-        if kind := next((kind for part, kind in LYCORIS.items() if part in key), ""):
-            return f"a LyCORIS file of kind {kind} ({key}), which is not read; LoRA, LoCon and DoRA are"
+    if found := next((key for key in shapes if re.search(LYCORIS, key)), ""):
+        return f"a LyCORIS file ({found}), which is not read; LoRA, LoCon and DoRA are"
     if any({"down", "up"} & parts.keys() for parts in layers.values()):
         return ""
     if 1 <= len(shapes) <= 3 and all(len(shape) <= 2 for shape in shapes.values()):

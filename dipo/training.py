@@ -68,17 +68,6 @@ def result_flags(s, name: str) -> str:
     return f"--dpo-unet {s.init_unet} --dpo-lora {name}" if s.init_unet else f"--dpo-lora {name}"
 
 
-def what_to_watch(s) -> str:
-    """What to look at while this loss is trained, as the loss itself says little."""
-    if s.loss in WITHOUT_REFERENCE:
-        return f"--loss {s.loss} has no reference: watch winner_mse and loser_mse in metrics.csv, and validation/"
-    start = f"starts at {STARTS[s.loss]:.4g}" if s.loss in STARTS else "starts at the noise error"
-    return (
-        f"--loss {s.loss} {start} and moves little: watch implicit_accuracy (0.5: nothing learned yet) and winner_change "
-        "(the winners' noise error less the reference's; it should not grow) in metrics.csv, loss.png, and validation/"
-    )
-
-
 def accumulation_steps(effective_batch_size: int, train_batch_size: int, processes: int) -> int:
     """How many batches each device adds up before an optimizer step; UserError where the numbers do not divide."""
     together = train_batch_size * processes
@@ -96,15 +85,22 @@ def accumulation_steps(effective_batch_size: int, train_batch_size: int, process
 
 
 def tell_rates(s, accelerator: Accelerator) -> None:
-    """Print what the effective batch and the learning rate are made of, and what to watch."""
+    """Print what the effective batch and the learning rate are made of, and what to watch, as the loss says little."""
     world = accelerator.num_processes
-    times = f" = {s.learning_rate:g} per pair x {s.effective_batch_size} (--no-scale-lr takes it as it is)"
-    if not s.scale_lr:
-        times = ", taken as it is (--scale-lr multiplies it by the effective batch)"
+    times = ", taken as it is (--scale-lr multiplies it by the effective batch)"
+    if s.scale_lr:
+        times = f" = {s.learning_rate:g} per pair x {s.effective_batch_size} (--no-scale-lr takes it as it is)"
+    watch = "has no reference: watch winner_mse and loser_mse in metrics.csv, and validation/"
+    if s.loss not in WITHOUT_REFERENCE:
+        start = f"at {STARTS[s.loss]:.4g}" if s.loss in STARTS else "at the noise error"
+        watch = (
+            f"starts {start} and moves little: watch implicit_accuracy (0.5: nothing learned yet) and winner_change (the "
+            "winners' noise error less the reference's; it should not grow) in metrics.csv, loss.png, and validation/"
+        )
     accelerator.print(
         f"effective batch {s.effective_batch_size} = {s.train_batch_size} per device x {world} "
         f"{'process' if world == 1 else 'processes'} x {accelerator.gradient_accumulation_steps} accumulated\n"
-        f"learning rate {s.full_learning_rate:.4g}{times}\n{what_to_watch(s)}"
+        f"learning rate {s.full_learning_rate:.4g}{times}\n--loss {s.loss} {watch}"
     )
 
 

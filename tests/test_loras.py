@@ -483,11 +483,17 @@ def test_a_lora_of_another_family(sdxl, sd15, tmp_path, layout, strict, monkeypa
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        ({"lora_unet_a.lokr_w1": torch.ones(2, 2), "lora_unet_a.alpha": torch.ones(())}, "a LyCORIS file of kind LoKr"),
-        ({"lora_unet_a.hada_w1_a": torch.ones(2, 2), "lora_unet_a.alpha": torch.ones(())}, "a LyCORIS file of kind LoHa"),
+        (
+            {"lora_unet_a.lokr_w1": torch.ones(2), "lora_unet_a.alpha": torch.ones(())},
+            "LyCORIS file (lora_unet_a.lokr_w1)",
+        ),
+        (
+            {"lora_unet_a.hada_w1_a": torch.ones(2, 2), "lora_unet_a.alpha": torch.ones(())},
+            "LyCORIS file (lora_unet_a.hada_w1_a)",
+        ),
         (
             {f"lora_unet_a.lora_{x}.weight": torch.ones(2, 2, 1, 1) for x in ("mid", "up", "down")},
-            "LoCon with a Tucker core",
+            "a LyCORIS file (lora_unet_a.lora_mid.weight)",
         ),
         ({"emb_params": torch.ones(4, 768)}, "a textual inversion or another embedding (emb_params), no LoRA"),
         ({"clip_l": torch.ones(4, 768), "clip_g": torch.ones(4, 1280)}, "a textual inversion"),
