@@ -360,7 +360,7 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
             if not skipped and before is not None and not deepspeed:  # which moves float32 copies
                 training.check_moved(before, parameters, lr, s.lora_rank > 0, accelerator)
                 before = None
-            training.check_skipped(progress["skipped_in_row"], out / "checkpoints")
+            training.check_skipped(progress["skipped_in_row"])
 
             last = step >= s.max_train_steps
             drifted = training.drift_error(step, progress.get("recent", m), r, s.max_mse_ratio)
@@ -430,9 +430,7 @@ def main(s: Settings) -> None:
         config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
         accelerator.init_trackers("dipo", config, {"tensorboard": {"purge_step": progress["step"] + 1}})
         if progress["step"] >= s.max_train_steps:
-            accelerator.print(
-                f"step {progress['step']} is at or beyond --max-train-steps {s.max_train_steps}: nothing to train, saving it"
-            )
+            accelerator.print(f"step {progress['step']} is there: nothing to train up to {s.max_train_steps}, saving it")
         stopped = train(s, accelerator, pipe, model, reference, optimizer, pairs, progress, prompts, out)
         if not stopped:
             release(s, accelerator, pipe, model, progress, out)

@@ -152,9 +152,7 @@ def tell(s, files: list[Path], accelerator: Accelerator) -> None:
     if labelled:
         agreed = win_rate(*zip(*labelled, strict=True))
         rate, low, high = (100 * agreed[k] for k in ("win_rate", "low", "high"))
-        accelerator.print(
-            f"{s.relabel} agrees with the data set's labels in {rate:.1f} % (95 % interval {low:.1f} to {high:.1f}) of "
-            f"{len(labelled)} pairs"
-        )
+        share = f"{rate:.1f} % (95 % interval {low:.1f} to {high:.1f})"
+        accelerator.print(f"{s.relabel} agrees with the data set's labels in {share} of {len(labelled)} pairs")
     dropped = f", {close} of them closer than --relabel-margin {s.relabel_margin:g} and left out" * (s.relabel_margin > 0)
     accelerator.print(f"{s.relabel} decides {len(gaps)} pairs{dropped}")

@@ -36,9 +36,7 @@ def picture_records(name: str, given: list[dict] | None = None, flag: str = "fol
     records = {p.name: read_record(p) for p in sorted(paths, key=natural)}
     foreign = [file for file, record in records.items() if not record]
     if given and foreign and len(given) != len(records):
-        raise UserError(
-            f"--folder-prompts: {len(given)} prompts for the {len(records)} pictures of {name}; give one for each"
-        )
+        raise UserError(f"--folder-prompts: {len(given)} prompts for {len(records)} pictures of {name}; give one for each")
     if given and len(foreign) < len(records):
         warn(f"--folder-prompts: pictures of {name} that these scripts made keep the prompts inside them")
     known = dict(zip(records, given, strict=False)) if given else metadata_prompts(folder)
@@ -46,7 +44,9 @@ def picture_records(name: str, given: list[dict] | None = None, flag: str = "fol
     for file in foreign:
         path, row = folder / file, known.get(file, {})
         try:
-            prompt = row.get("prompt") or one_line(text_beside(path) or prompt_inside(path))
+            beside = (path.with_suffix(suffix) for suffix in (".txt", ".TXT"))
+            text = next((read_text(x) for x in beside if x.exists()), "")
+            prompt = row.get("prompt") or one_line(text or prompt_inside(path))
             reason = ""
         except UNREADABLE as e:
             prompt, reason = "", f" ({e if type(e) is ValueError else 'cannot be read'})"
@@ -78,11 +78,6 @@ def metadata_prompts(folder: Path) -> dict[str, dict]:
         return dict(zip(names, prompt_columns(table).to_dict("records"), strict=True))
     except Exception as e:
         raise UserError(f"{path}: cannot be read: {first_line(e)}; each row needs file_name and text") from e
-
-
-def text_beside(path: Path) -> str:
-    texts = (path.with_suffix(suffix) for suffix in (".txt", ".TXT"))
-    return next((read_text(text) for text in texts if text.exists()), "")
 
 
 def paired(images: pd.DataFrame, a: str, b: str) -> tuple[pd.DataFrame, str]:

@@ -90,9 +90,7 @@ def peft_configs(path: Path, header: dict[str, str], tensors: dict[str, torch.Te
     beside = path.with_name(ADAPTER_CONFIG)
     # peft's own file is nothing without it; one that was renamed has it still, and names no model either.
     if path.name == LORA_FILES[1] or (beside.exists() and not any(key.startswith(tuple(MODELS)) for key in tensors)):
-        if not isinstance(config := json.loads(beside.read_text(encoding="utf-8")), dict):
-            raise ValueError(f"{ADAPTER_CONFIG} holds no JSON object")
-        return dict.fromkeys(MODELS.values(), config)
+        return dict.fromkeys(MODELS.values(), json.loads(beside.read_text(encoding="utf-8")))
     if any(key.startswith("base_model.model.") for key in tensors):
         warn(f"{path}: its scale is in peft's {ADAPTER_CONFIG}, which is not beside it; taken as 1")
     configs = {}

@@ -37,9 +37,8 @@ def read_prompts(source: str, parti: str = "", pickapic: str = "", flag: str = "
     except Exception as e:
         raise UserError(f"--{flag} {source}: cannot be read: {first_line(e)}") from e
     if table is None:
-        raise UserError(
-            f"--{flag} {source}: {'of no known kind' if find_path(source) else 'no such file or folder'}; {KINDS}"
-        )
+        what = "of no known kind" if find_path(source) else "no such file or folder"
+        raise UserError(f"--{flag} {source}: {what}; {KINDS}")
     table = table[table["prompt"] != ""].reset_index(drop=True)
     if table.empty:
         raise UserError(f"--{flag} {source}: holds no prompt; put one on each line, or in the column prompt")

@@ -137,10 +137,7 @@ def own_pictures(name: str) -> datasets.IterableDataset:
         groups.setdefault(record["prompt"], []).append(file)
     rows = [{"prompt": prompt, "pictures": files} for prompt, files in groups.items() if len(files) > 1]
     if not rows:
-        raise UserError(
-            f"--dataset {name}: its {len(groups)} pictures are of as many prompts; make two or more of each, with "
-            "hasty_sample.py --images-per-prompt 2"
-        )
+        raise UserError(f"--dataset {name}: no prompt has two pictures; use hasty_sample.py --images-per-prompt 2")
     if len(rows) < len(groups) and os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(groups) - len(rows)} of {len(groups)} prompts have one picture only and are left out")
     return datasets.Dataset.from_list(rows).to_iterable_dataset()
@@ -204,9 +201,7 @@ def pairs_of(
         if found > LOOK // 100:
             break
     if {"2", "2.0"} & {*labels} and not {"0", "0.0"} & {*labels}:
-        raise UserError(
-            f"--dataset {name}: {schema.choice} is 1 or 2; write 1 where the first is better, 0 where the second is"
-        )
+        raise UserError(f"--dataset {name}: {schema.choice} is 1 or 2; write 1 where the first is better, and else 0")
     if len(labels) >= 50 and found < len(labels) / 100:
         raise UserError(
             f"--dataset {name}: {len(labels) - found} of the first {len(labels)} rows are ties or have no label that is "

@@ -241,10 +241,7 @@ def check_start(argument: torch.Tensor) -> None:
     """UserError unless model and reference agree, as they must before the first step. argument: preference_loss's, (B,)."""
     far = argument.detach().abs().mean().item()
     if far > 0.1:
-        raise UserError(
-            f"model and reference differ before training (mean argument {far:.3g}, should be 0), so their differences mean "
-            "nothing; use --mixed-precision bf16 or no"
-        )
+        raise UserError(f"model and reference differ before training, by {far:.3g}; use --mixed-precision bf16 or no")
 
 
 @torch.no_grad()
@@ -264,21 +261,17 @@ def check_moved(before, parameters, lr: float, lora: bool, accelerator: Accelera
     if accelerator.is_main_process:
         tqdm.write(f"the first step, at learning rate {lr:.3g}, moved {share}")
     if not moved:
-        raise UserError(
-            f"no weight moved in the first step: at learning rate {lr:.3g} steps are smaller than the spacing of float32 "
-            "numbers; use --scale-lr, or a larger --learning-rate"
-        )
+        # Steps are smaller than the spacing of float32 numbers.
+        raise UserError(f"no weight moved at learning rate {lr:.3g}; use --scale-lr, or a larger --learning-rate")
     if moved < 0.4 * total:
         warn("most steps are lost in rounding at this rate, which is that of warm-up")
 
 
-def check_skipped(in_a_row: int, checkpoints) -> None:
-    """UserError when too many steps in a row had no finite loss or gradient."""
+def check_skipped(in_a_row: int) -> None:
+    """UserError when too many steps in a row had no finite loss or gradient, from which on nothing is kept."""
     if in_a_row >= MAX_SKIPPED:
-        raise UserError(
-            f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row; the last checkpoint in {checkpoints} is from "
-            "before: resume it with a lower --learning-rate, or train in bf16"
-        )
+        what = f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row"
+        raise UserError(f"{what}; --resume from before with a lower --learning-rate, or train in bf16")
 
 
 def first_errors(progress: dict, m_w: float, m_l: float) -> tuple[float, float]:
@@ -298,9 +291,8 @@ def drift_error(step: int, mse: float, reference_mse: float, max_ratio: float) -
     """What to raise where the model's noise error is more than max_ratio times the reference's."""
     if mse > max_ratio * reference_mse:
         return UserError(
-            f"step {step}: the model's noise error {mse:.4f} exceeds {max_ratio:g} times the reference's "
-            f"{reference_mse:.4f}: it is losing what it knew; start again with a lower --learning-rate, or resume with a "
-            "larger --max-mse-ratio (checkpoints of this step and before are kept)"
+            f"step {step}: the noise error {mse:.4f} exceeds {max_ratio:g} times the reference's {reference_mse:.4f}; start "
+            "again with a lower --learning-rate, or --resume with a larger --max-mse-ratio"
         )
     return None
 
@@ -319,9 +311,8 @@ def warn_of_displacement(metrics: Path, progress: dict) -> None:
     if falls and share > 1 and change.mean() > 2 * change.sem():
         progress["displaced"] = True
         warn(
-            f"the loss falls, but the winners' noise error has grown, by {share:.2g} %: the model tells "
-            "winners from losers by getting worse at both (likelihood displacement); if pictures suffer, use "
-            "--winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate"
+            f"the loss falls, but the winners' noise error has grown by {share:.2g} % (likelihood displacement); if "
+            "pictures suffer, use --winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate"
         )
 
 

@@ -353,7 +353,7 @@ def bad(folder, kind):
         ("damaged", r"train.parquet: is no whole parquet file \(.*fetch it again"),
         ("cut", r"train-2.parquet: is no whole parquet file \(.*fetch it again"),
         ("other columns", r"train.parquet: has not the columns of train-2.parquet beside it"),
-        ("1 or 2", "label_0 is 1 or 2; write 1 where the first is better, 0 where the second is"),
+        ("1 or 2", "label_0 is 1 or 2; write 1 where the first is better, and else 0"),
         ("not there", "no usable pair in it; all are ties or unreadable, one for .*No such file.*a0.png"),
         ("csv", "not one of .parquet, .arrow, .tar, .jsonl, .json, nor a folder of them"),
         (

@@ -142,7 +142,7 @@ def test_where_the_prompt_of_a_picture_comes_from(tmp_path):
     records = picture_records(str(folder), given)
     assert [r["prompt"] for r in records.values()] == [PROMPTS[0], "given 1", "given 2", "given 3", "given 4"]
     assert records["2.png"]["category"] == "x"
-    with pytest.raises(UserError, match=r"--folder-prompts: 4 prompts for the 5 pictures of .*; give one for each"):
+    with pytest.raises(UserError, match=r"--folder-prompts: 4 prompts for 5 pictures of .*; give one for each"):
         picture_records(str(folder), given[:4])
     # What is ours needs none.
     make_folder(tmp_path / "b", 2)
