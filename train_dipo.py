@@ -17,8 +17,7 @@ steps with hasty_sample.py. The defaults are the paper's: SDXL 1.0, Pick-a-Pic, 
     python hasty_sample.py --dpo-unet models/dipo                        # sample the result; --dpo-lora for a LoRA
 
 To use other models or data, edit the paths at the top of Settings or pass them as flags. Data are a hub data set, or files
-with the columns of one that SCHEMAS in dipo/schemas.py knows: Pick-a-Pic's jpg_0, jpg_1 (encoded pictures), caption, label_0
-(1: jpg_0 wins, 0: jpg_1 wins, anything else: a tie, not used); prompt, chosen, rejected; HPDv2's, HPDv3's, ImageReward's.
+with columns that SCHEMAS in dipo/schemas.py knows: Pick-a-Pic's; prompt, chosen, rejected; HPDv2's, HPDv3's, ImageReward's.
 
 SIGTERM and Ctrl-C end a run with a checkpoint. accelerate launch kills its processes 30 seconds after them, which may be too
 soon for all of SDXL; newer versions of torch wait for as many seconds as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.

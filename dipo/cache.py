@@ -125,15 +125,15 @@ def encode_all(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator,
             visits = [(block, place) for block, place in visits if block.start["epoch"] == 0]
             path = folder / f"{k:06d}.parquet"
             if visits and k % accelerator.num_processes == rank and not path.exists():
-                rows, shapes = [], None
+                encoded, shapes = [], None
                 for i in range(0, len(visits), 8):
                     items = pool.map(read, [block.pairs[place] for block, place in visits[i : i + 8]])
                     if items := [x for x in items if x is not None]:
-                        encoded, shapes = encode_batch(pipe, default_collate(items), s.flip)
-                        rows += encoded
-                counts = {"pairs": len(rows), "unreadable": len(visits) - len(rows)}
+                        more, shapes = encode_batch(pipe, default_collate(items), s.flip)
+                        encoded += more
+                counts = {"pairs": len(encoded), "unreadable": len(visits) - len(encoded)}
                 counts["ties"] = sum(block.ties for block, place in visits if place == 0)
-                write_shard(path, rows, {"position": position, "counts": counts, "shapes": shapes})
+                write_shard(path, encoded, {"position": position, "counts": counts, "shapes": shapes})
             bar.update(len(visits))
             if len(visits) < CACHE_SHARD:
                 return

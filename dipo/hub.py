@@ -137,16 +137,13 @@ class Snapshot:
     @property
     def arrived(self) -> int:
         """How many bytes of it earlier runs have left in the folder."""
-        return sum(file.size if self.has(file) else self.begun(file) for file in self.files)
+        paths = (self.folder / file.path if self.has(file) else self.part(file) for file in self.files)
+        return sum(path.stat().st_size for path in paths if path.is_file())
 
     def has(self, file: File) -> bool:
         """Whether a file is there in its full size."""
         path = self.folder / file.path
         return path.is_file() and path.stat().st_size == file.size
-
-    def begun(self, file: File) -> int:
-        part = self.part(file)
-        return min(part.stat().st_size, file.size or 0) if part.is_file() else 0
 
     def part(self, file: File) -> Path:
         """Where a file is until all of it has arrived."""
