@@ -143,8 +143,8 @@ def tell(s, files: list[Path], accelerator: Accelerator) -> None:
     for x in records_in(files):
         scores, ranks, judged = x["scores"], x["ranks"], ranks_of(x["scores"])
         gaps += [judged[j] - judged[i] for i, j in ordered(judged, s.ranked_pairs)[0] if scores[j] is not None]
-        labelled += [(scores[i], scores[j]) for i, j in ordered(ranks, s.ranked_pairs)[0]]
-    labelled = [pair for pair in labelled if None not in pair]
+        both = [(scores[i], scores[j]) for i, j in ordered(ranks, s.ranked_pairs)[0]]
+        labelled += [pair for pair in both if None not in pair]
     close = sum(gap < s.relabel_margin for gap in gaps)
     if gaps and close == len(gaps):
         most = f"all {close} pairs of {s.dataset} differ by less in {s.relabel}, at most by {max(gaps):.4g}"

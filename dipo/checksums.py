@@ -98,8 +98,7 @@ def report(folder: Path, sums: dict[str, str] | None) -> bool:
     if sums is None:
         print(f"{folder.name}: not fetched whole")
         return False
-    reasons = {file: damage(folder, File(file, None, checksum)) for file, checksum in sums.items()}
-    reasons = {file: reason for file, reason in reasons.items() if reason}
+    reasons = {file: reason for file, x in sums.items() if (reason := damage(folder, File(file, None, x)))}
     print(f"{folder.name}: {count(sums)}, {len(reasons) or 'none'} damaged or missing")
     for file, reason in reasons.items():
         print(f"    {folder.name}/{file}: {reason}")

@@ -124,15 +124,12 @@ def by_layer(tensors: dict[str, torch.Tensor]) -> tuple[dict[tuple[str, str], di
     return layers, strange
 
 
-def other_kind(shapes: dict[str, list[int]], layers: dict) -> str:
+def other_kind(names, layers: dict) -> str:
     """What a file is that is no LoRA; empty for a LoRA."""
-    if found := next((key for key in shapes if re.search(LYCORIS, key)), ""):
+    if found := next((name for name in names if re.search(LYCORIS, name)), ""):
         return f"a LyCORIS file ({found}), which is not read; LoRA, LoCon and DoRA are"
-    if any({"down", "up"} & parts.keys() for parts in layers.values()):
-        return ""
-    if 1 <= len(shapes) <= 3 and all(len(shape) <= 2 for shape in shapes.values()):
-        return f"a textual inversion or another embedding ({', '.join(shapes)}), no LoRA"
-    return f"no LoRA; it is {kind_of(shapes)}"
+    is_lora = any({"down", "up"} & parts.keys() for parts in layers.values())
+    return "" if is_lora else f"no LoRA; it is {kind_of(names)}"
 
 
 def check_family(name: str, layers: dict, text_width: int) -> None:

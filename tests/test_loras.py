@@ -495,7 +495,7 @@ def test_a_lora_of_another_family(sdxl, sd15, tmp_path, layout, strict, monkeypa
             {f"lora_unet_a.lora_{x}.weight": torch.ones(2, 2, 1, 1) for x in ("mid", "up", "down")},
             "a LyCORIS file (lora_unet_a.lora_mid.weight)",
         ),
-        ({"emb_params": torch.ones(4, 768)}, "a textual inversion or another embedding (emb_params), no LoRA"),
+        ({"emb_params": torch.ones(4, 768)}, "no LoRA; it is a textual inversion, which"),
         ({"clip_l": torch.ones(4, 768), "clip_g": torch.ones(4, 1280)}, "a textual inversion"),
         ({"<cat>": torch.ones(768)}, "a textual inversion"),
         (

@@ -307,20 +307,16 @@ def test_the_stream_goes_on_from_every_place(numbers, options):
 
 
 def test_what_an_older_version_left_goes_on(numbers):
-    """The state of torchdata's loader: on processes with a file each, on processes that took turns, of one data worker."""
-    block = {"epoch": 0, "before": 0, "rows": None, "block": 0, "first": 0, "next": 8, "ties": 0, "unreadable": 0}
+    """The state of torchdata's loader, of one process without data workers."""
+    state = {"epoch": 0, "before": 0, "rows": None, "block": 0, "first": 0, "next": 8, "ties": 0, "unreadable": 0}
     order = np.random.default_rng([3, 0, 0, 0]).permutation(20)
     left = [([0, *range(1, 9), *range(10, 19), 20, 21])[k] for k in order][8:]
-    own, _, _ = take(numbers(2), 24, world=2, positions=[{"dataset_state": block}] * 2, buffer=20)
-    assert own == [x for j, n in enumerate(left) for x in ((n, (3, 0, 0, 0, 8 + j)), (n + 30, (3, 0, 1, 0, 8 + j)))]
-    turns = [{"dataset_state": block | {"next": n}} for n in (7, 8)]
-    worker = {"_snapshot": {"_worker_snapshots": {"worker_0": {"dataset_state": block}}}}
-    for processes, states in ((2, turns), (1, turns), (1, [worker])):
-        got, _, _ = take(numbers(1), 12, world=processes, positions=states, buffer=20)
+    for processes in (1, 2):
+        got, _, _ = take(numbers(1), 12, world=processes, positions=[{"dataset_state": state}], buffer=20)
         assert got == [(n, (3, 0, 0, 0, 8 + j)) for j, n in enumerate(left)]
-    worker["_snapshot"]["_worker_snapshots"]["worker_1"] = {"dataset_state": block}
-    with pytest.raises(UserError, match="several data workers of an older version"):
-        take(numbers(1), 1, positions=[worker])
+    for states in ([{"dataset_state": state}] * 2, [{"_snapshot": {}}]):
+        with pytest.raises(UserError, match="several processes or data workers of an older version"):
+            take(numbers(1), 1, positions=states)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
