@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -51,10 +50,6 @@ def noted(failed: list[RepositoryError]):
         tqdm.write(f"error: {e}", sys.stderr)
 
 
-class Again(Exception):
-    """The storage refused an address that the hub gave, as it does once the address is some time old."""
-
-
 def status_of(e: BaseException) -> int | None:
     return getattr(getattr(e, "response", None), "status_code", None)
 
@@ -65,7 +60,7 @@ def is_passing(e: Exception, transport: bool) -> bool:
         return status in (408, 425, 429) or status >= 500
     broken = isinstance(e, (ConnectionError, TimeoutError)) or "Consistency check" in str(e)
     broken |= type(e).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
-    return isinstance(e, Again) or (transport and broken and not isinstance(e, errors.OfflineModeIsEnabled))
+    return transport and broken and not isinstance(e, errors.OfflineModeIsEnabled)
 
 
 def persist(call, source: Source, transport: bool):
@@ -200,27 +195,14 @@ def fetch(snapshot: Snapshot, file: File, bar: tqdm, use_cache: bool = True) -> 
             shutil.copyfile(cached, part)
             bar.update(part.stat().st_size)
         else:
+            # The storage that a redirect leads to gets no token.
+            url, headers = huggingface_hub.hf_hub_url(source.repo, file.path, **place), build_hf_headers()
             with Part(part, bar) as f:
-                receive(huggingface_hub.hf_hub_url(source.repo, file.path, **place), f, file.size)
+                http_get(url, f, resume_size=f.tell(), headers=headers, expected_size=file.size)
         os.replace(part, target)
 
     if not snapshot.has(file):
         persist(attempt, snapshot.source, transport=True)
-
-
-def receive(url: str, f: Part, size: int | None) -> None:
-    """Write on a file from the hub until it has size bytes. Again where the storage that the hub sends us to refuses us."""
-    found = huggingface_hub.get_hf_file_metadata(url)
-    headers, away = build_hf_headers(), urlsplit(found.location)[:2] != urlsplit(url)[:2]
-    if away:
-        # The token is the hub's business, not that of the storage it sends us to.
-        headers.pop("authorization", None)
-    try:
-        http_get(found.location, f, resume_size=f.tell(), headers=headers, expected_size=size)
-    except Exception as e:
-        if away and status_of(e) in (401, 403):
-            raise Again(first_line(e)) from e
-        raise
 
 
 def verify(snapshot: Snapshot, bar: tqdm) -> None:
