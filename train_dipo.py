@@ -336,12 +336,12 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                 left_out += torch.stack([batch["ties"], batch["unreadable"].sum()])
 
             sums /= accelerator.gradient_accumulation_steps * accelerator.num_processes
-            loss, accuracy, *sides, ties, bad = accelerator.reduce(torch.cat([sums, left_out.to(device)]), "sum").tolist()
+            totals = torch.cat([sums, left_out.to(device)])
+            loss, accuracy, m_w, m_l, r_w, r_l, ties, bad = accelerator.reduce(totals, "sum").tolist()
             skipped = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
             skipped |= not math.isfinite(norm) and not deepspeed
             step = checkpoints.count_step(progress, size, skipped, ties, bad)
             position = behind
-            m_w, m_l, r_w, r_l = sides
             if not with_reference:
                 r_w, r_l = training.first_errors(progress, m_w, m_l)
             m, r = (m_w + m_l) / 2, (r_w + r_l) / 2

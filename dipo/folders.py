@@ -10,7 +10,7 @@ from dipo.cli import UserError, first_line, warn
 from dipo.files import find_path, read_record
 from dipo.grids import is_grid
 from dipo.pictures import UNREADABLE, prompt_inside
-from dipo.prompts import READERS, named_column, one_line, prompt_columns, read_text
+from dipo.prompts import READERS, listed, named_column, one_line, prompt_columns, read_text
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -54,8 +54,7 @@ def picture_records(name: str, given: list[dict] | None = None, flag: str = "fol
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         records[file] = {"prompt": prompt, "category": row.get("category", ""), "sha256": digest}
     if missing:
-        named = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-        what = f"{len(missing)} of {len(records)} pictures have no prompt: {named}"
+        what = f"{len(missing)} of {len(records)} pictures have no prompt: {listed(missing)}"
         more = "--folder-prompts, " if flag == "folders" else ""
         raise UserError(f"--{flag} {name}: {what}; give {more}a metadata.jsonl or a .txt beside each")
     return records

@@ -70,17 +70,10 @@ def result_flags(s, name: str) -> str:
 
 def accumulation_steps(effective_batch_size: int, train_batch_size: int, processes: int) -> int:
     """How many batches each device adds up before an optimizer step; UserError where the numbers do not divide."""
-    together = train_batch_size * processes
-    steps, rest = divmod(effective_batch_size, together)
+    steps, rest = divmod(effective_batch_size, train_batch_size * processes)
     if rest:
-        near = [n * together for n in (steps, steps + 1) if n]
-        fits = [b for b in range(1, effective_batch_size // processes + 1) if effective_batch_size % (b * processes) == 0]
-        fits = sorted(sorted(fits, key=lambda b: abs(b - train_batch_size))[:2])
-        other = f", or --train-batch-size {' or '.join(map(str, fits))}" if fits else ""
-        raise UserError(
-            f"--effective-batch-size {effective_batch_size}: no multiple of {train_batch_size} pairs per device x "
-            f"{processes} processes; use {' or '.join(map(str, near))}{other}"
-        )
+        what = f"no multiple of {train_batch_size} pairs per device x {processes} processes"
+        raise UserError(f"--effective-batch-size {effective_batch_size}: {what}; use one, or another --train-batch-size")
     return steps
 
 

@@ -161,10 +161,8 @@ def test_pictures_without_a_prompt_are_named(tmp_path):
     (tmp_path / "a/3.png").write_bytes(b"none")
     with pytest.raises(UserError) as error:
         picture_records(str(tmp_path / "a"))
-    said = (
-        f"{tmp_path / 'a'}: 4 of 5 pictures have no prompt: 0.png, 2.png, 3.png (cannot be read), ...; give --folder-prompts"
-    )
-    assert str(error.value) == f"--folders {said}, a metadata.jsonl or a .txt beside each"
+    said = f"{tmp_path / 'a'}: 4 of 5 pictures have no prompt: 0.png, 2.png, 3.png (cannot be read), 4.png"
+    assert str(error.value) == f"--folders {said}; give --folder-prompts, a metadata.jsonl or a .txt beside each"
     graph = {"1": {"class_type": "KSampler", "inputs": {"positive": ["2", 0]}}}
     graph["2"] = {"class_type": "CLIPTextEncode", "inputs": {"text": ["3", 0]}}
     info = PngImagePlugin.PngInfo()
