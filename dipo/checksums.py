@@ -50,14 +50,10 @@ def sha256(path: Path) -> str:
 
 def read_into(digest, path: Path) -> str:
     """The digest of a file, in hexadecimal, with a bar where that takes a while."""
-    size = path.stat().st_size
-    with (
-        path.open("rb") as f,
-        tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, delay=2) as bar,
-    ):
+    bar = {"desc": f"checking {path.name}", "leave": False, "delay": 2}
+    with path.open("rb") as file, tqdm.wrapattr(file, "read", path.stat().st_size, **bar) as f:
         while chunk := f.read(1 << 22):
             digest.update(chunk)
-            bar.update(len(chunk))
     return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import functools
-import io
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from dipo.checksums import DownloadError, File, count, damage, is_sha256, read_sums, sha256, write_sums
 from dipo.cli import REPAIRABLE, clean, first_line
@@ -164,19 +164,6 @@ def find_snapshot(source: Source, revision: str, folder: Path) -> Snapshot:
     return Snapshot(source, info.sha, files, folder)
 
 
-class Part(io.BufferedRandom):
-    """What has arrived of a file, to be written on; tells a bar."""
-
-    def __init__(self, path: Path, bar: tqdm):
-        super().__init__(io.FileIO(path, "r+" if path.exists() else "w+"))
-        self.seek(0, os.SEEK_END)
-        self.bar = bar
-
-    def write(self, data: bytes) -> int:
-        self.bar.update(len(data))
-        return super().write(data)
-
-
 def fetch(snapshot: Snapshot, file: File, bar: tqdm, use_cache: bool = True) -> None:
     """Bring one file into its folder, from the hub's cache or the hub, unless it is there in full size; or DownloadError.
 
@@ -197,8 +184,9 @@ def fetch(snapshot: Snapshot, file: File, bar: tqdm, use_cache: bool = True) -> 
         else:
             # The storage that a redirect leads to gets no token.
             url, headers = huggingface_hub.hf_hub_url(source.repo, file.path, **place), build_hf_headers()
-            with Part(part, bar) as f:
-                http_get(url, f, resume_size=f.tell(), headers=headers, expected_size=file.size)
+            with part.open("ab") as f:
+                told = CallbackIOWrapper(bar.update, f, "write")
+                http_get(url, told, resume_size=f.tell(), headers=headers, expected_size=file.size)
         os.replace(part, target)
 
     if not snapshot.has(file):

@@ -145,14 +145,12 @@ def own_pictures(name: str) -> datasets.IterableDataset:
 
 def failure(name: str, path: Path | None, e: Exception) -> str:
     """Why a data set cannot be loaded, and what to do."""
-    said = first_line(e)[:200]
+    todo = f"give another --dataset-split, or {TO_FETCH.format(name)}"
     if path:
-        return f"cannot be loaded ({said}); use whole files of one kind, or --demo"
-    if isinstance(e, FileNotFoundError | ConnectionError):
-        return f"cannot be loaded ({said}); {OTHERS}; or give files of your own, or try --demo"
-    if "split" in said:
-        return f"cannot be loaded ({said}); give another --dataset-split"
-    return f"cannot be streamed ({said}); {TO_FETCH.format(name)}"
+        todo = "use whole files of one kind, or --demo"
+    elif isinstance(e, FileNotFoundError | ConnectionError):
+        todo = f"{OTHERS}; or give files of your own, or try --demo"
+    return f"cannot be loaded ({first_line(e)[:200]}); {todo}"
 
 
 def find_schema(columns: list[str], name: str) -> Schema:

@@ -486,7 +486,7 @@ def test_folder_that_cannot_be_written(number, online, monkeypatch, run):
         raise OSError(number, os.strerror(number), "somewhere")
 
     monkeypatch.setattr(dipo_hub.huggingface_hub, "HfApi", lambda: fake_api(dm.SOURCES["vae"], 1000))
-    monkeypatch.setattr(dipo_hub, "Part", refuse)
+    monkeypatch.setattr(dipo_hub, "CallbackIOWrapper", refuse)
     code, _, err = run("download_models", "--only", "vae")
     assert code == 1 and err.count("error:") == 1 and "--output-dir" in err.splitlines()[-1]
 
@@ -715,7 +715,7 @@ def pickapic_tar(labels: list[str]) -> bytes:
         ),
         (
             {"data.py": b"# a loading script"},
-            "no longer supported, but found data.py); fetch it (hf download",
+            "no longer supported, but found data.py); give another --dataset-split, or fetch it (hf",
         ),
         ({"train.jsonl": b'{"text": "a", "url": "b"}\n'}, "its columns (text, url) are none of those known: jpg_0,"),
     ],
