@@ -314,11 +314,7 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                 given, reference_pred = text.last(len(noisy)), None
                 with accelerator.accumulate(model):
                     if with_reference:
-                        with (
-                            torch.no_grad(),
-                            training.autocast(accelerator),
-                            training.base_model(model, pipe.unet, reference) as base,
-                        ):
+                        with training.base_model(accelerator, model, pipe.unet, reference) as base:
                             reference_pred = base(noisy, t, **given)[0]
                     preds = model(noisy, t, **given)[0], reference_pred
                     loss, argument, errors = preference_loss(s.loss, *preds, target, s.beta_dpo, s.winner_preserving)

@@ -132,17 +132,18 @@ def make_reference(unet: UNet2DConditionModel, dtype: torch.dtype, norms: torch.
 
 
 @contextlib.contextmanager
-def base_model(model: torch.nn.Module, unet: UNet2DConditionModel, reference: UNet2DConditionModel | None):
-    """The reference model, for what is done inside: without one of its own the model itself, whose UNet has a LoRA that is
-    off meanwhile."""
-    if reference is not None:
-        yield reference
-        return
-    unet.disable_adapters()
-    try:
-        yield model
-    finally:
-        unet.enable_adapters()
+def base_model(accelerator: Accelerator, model: torch.nn.Module, unet: UNet2DConditionModel, reference):
+    """The reference model, for what is done inside, without gradients: a UNet of its own or, for None, the model itself,
+    whose UNet has a LoRA that is off meanwhile."""
+    with torch.no_grad(), autocast(accelerator):
+        if reference is not None:
+            yield reference
+            return
+        unet.disable_adapters()
+        try:
+            yield model
+        finally:
+            unet.enable_adapters()
 
 
 def in_parts(accelerator: Accelerator) -> bool:
