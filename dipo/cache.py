@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from dipo.cli import UserError
 from dipo.devices import claimed
 from dipo.files import writable_folder, write_text, written_whole
 from dipo.judges import judge_of
-from dipo.pairs import Pairs, random_draws, read_pair, stream
+from dipo.pairs import Pairs, random_draws, read_pair
 from dipo.training import CACHED, encode_captions, encode_pictures, picture_size
 
 CACHE_SHARD = 256
@@ -52,7 +53,8 @@ def open_pairs(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator)
         read = functools.partial(read_pair, resolution=resolution)
         return Pairs(rows, find, read, draws, s.seed, s.shuffle_buffer, limit=s.max_train_pairs, **place), {}
     note = filled(s, rows, find, pipe, accelerator, resolution)
-    rows = stream(sorted(Path(s.cache_dir).expanduser().glob("*.parquet")))
+    files = sorted(str(path) for path in Path(s.cache_dir).expanduser().glob("*.parquet"))
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     read = functools.partial(read_cached, shapes=note["shapes"], dtype=pipe.vae.dtype)
     left_out = {k: note["counts"][k] for k in ("ties", "unreadable")}
     return Pairs(rows, lambda row: ([row], 0), read, draws, s.seed, s.shuffle_buffer, **place), left_out

@@ -148,8 +148,7 @@ def own_config(cls, base_model: str, subfolder: str) -> dict:
 
 def check_family(s) -> None:
     """UserError for a UNet of another family than the base model, or of other latents than the VAE."""
-    flag = "dpo-unet" if hasattr(s, "dpo_unet") else "init-unet"
-    name = getattr(s, flag.replace("-", "_"))
+    flag, name = ("dpo-unet", s.dpo_unet) if hasattr(s, "dpo_unet") else ("init-unet", s.init_unet)
     unet = load_config(UNet2DConditionModel, flag, name, s.base_model, "unet")
     there = unet.get("cross_attention_dim")
     here = own_config(UNet2DConditionModel, s.base_model, "unet").get("cross_attention_dim", there)

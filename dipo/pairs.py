@@ -28,10 +28,6 @@ def quiet_data() -> None:
     warnings.filterwarnings("ignore", message=".*set_vital.*")
 
 
-def stream(files: list) -> datasets.IterableDataset:
-    return datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=True)
-
-
 def check_usable(rows: datasets.IterableDataset, pairs_of, name: str) -> None:
     """UserError unless at least one pair has two pictures that can be read."""
     why = "all are ties"
