@@ -25,7 +25,7 @@ class Schema(NamedTuple):
     pictures: tuple[str, ...]  # the columns of both, or the one that holds a list
     choice: str  # label (1: the first is better, 0: the second), ranks (1 is best), or "" where there is none
     caption: str
-    folder: Path | None = None  # where the names of files in rows start from
+    folder: Path | None = None  # where the names of files in rows start from; None: they stay as they are
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -215,7 +215,8 @@ def layout(rows: datasets.IterableDataset, name: str, split: str) -> Schema:
         raise UserError(f"--dataset {name}: has no rows")
     schema = find_schema([*first], name)
     example = next((p for row in itertools.islice(rows, LOOK) for p in group_of(row, schema)[1] if p), None)
-    return schema._replace(folder=picture_folder(name, split, example)) if isinstance(example, str) else schema
+    # Where the first picture is none in a file, the name of a file further on leads nowhere.
+    return schema._replace(folder=picture_folder(name, split, example) if isinstance(example, str) else Path(os.devnull))
 
 
 def picture_folder(name: str, split: str, example: str) -> Path:
