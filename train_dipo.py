@@ -17,8 +17,7 @@ steps with hasty_sample.py. The defaults are the paper's: SDXL 1.0, Pick-a-Pic, 
     python hasty_sample.py --dpo-unet models/dipo                        # sample the result; --dpo-lora for a LoRA
 
 To use other models or data, edit the paths at the top of Settings or pass them as flags. Data are a hub data set, or files
-with the columns of one that SCHEMAS in dipo/schemas.py knows: Pick-a-Pic's jpg_0, jpg_1 (encoded pictures), caption, label_0
-(1: jpg_0 wins, 0: jpg_1 wins, anything else: a tie, not used); prompt, chosen, rejected; HPDv2's, HPDv3's, ImageReward's.
+with columns that SCHEMAS in dipo/schemas.py knows: Pick-a-Pic's; prompt, chosen, rejected; HPDv2's, HPDv3's, ImageReward's.
 
 SIGTERM and Ctrl-C end a run with a checkpoint. accelerate launch kills its processes 30 seconds after them, which may be too
 soon for all of SDXL; newer versions of torch wait for as many seconds as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
@@ -315,11 +314,7 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                 given, reference_pred = text.last(len(noisy)), None
                 with accelerator.accumulate(model):
                     if with_reference:
-                        with (
-                            torch.no_grad(),
-                            training.autocast(accelerator),
-                            training.base_model(model, pipe.unet, reference) as base,
-                        ):
+                        with training.base_model(accelerator, model, pipe.unet, reference) as base:
                             reference_pred = base(noisy, t, **given)[0]
                     preds = model(noisy, t, **given)[0], reference_pred
                     loss, argument, errors = preference_loss(s.loss, *preds, target, s.beta_dpo, s.winner_preserving)
@@ -337,12 +332,12 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                 left_out += torch.stack([batch["ties"], batch["unreadable"].sum()])
 
             sums /= accelerator.gradient_accumulation_steps * accelerator.num_processes
-            loss, accuracy, *sides, ties, bad = accelerator.reduce(torch.cat([sums, left_out.to(device)]), "sum").tolist()
+            totals = torch.cat([sums, left_out.to(device)])
+            loss, accuracy, m_w, m_l, r_w, r_l, ties, bad = accelerator.reduce(totals, "sum").tolist()
             skipped = not math.isfinite(loss) or accelerator.optimizer_step_was_skipped
             skipped |= not math.isfinite(norm) and not deepspeed
             step = checkpoints.count_step(progress, size, skipped, ties, bad)
             position = behind
-            m_w, m_l, r_w, r_l = sides
             if not with_reference:
                 r_w, r_l = training.first_errors(progress, m_w, m_l)
             m, r = (m_w + m_l) / 2, (r_w + r_l) / 2
@@ -360,7 +355,7 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
             if not skipped and before is not None and not deepspeed:  # which moves float32 copies
                 training.check_moved(before, parameters, lr, s.lora_rank > 0, accelerator)
                 before = None
-            training.check_skipped(progress["skipped_in_row"], out / "checkpoints")
+            training.check_skipped(progress["skipped_in_row"])
 
             last = step >= s.max_train_steps
             drifted = training.drift_error(step, progress.get("recent", m), r, s.max_mse_ratio)
@@ -430,9 +425,7 @@ def main(s: Settings) -> None:
         config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(s).items()}
         accelerator.init_trackers("dipo", config, {"tensorboard": {"purge_step": progress["step"] + 1}})
         if progress["step"] >= s.max_train_steps:
-            accelerator.print(
-                f"step {progress['step']} is at or beyond --max-train-steps {s.max_train_steps}: nothing to train, saving it"
-            )
+            accelerator.print(f"step {progress['step']} is there: nothing to train up to {s.max_train_steps}, saving it")
         stopped = train(s, accelerator, pipe, model, reference, optimizer, pairs, progress, prompts, out)
         if not stopped:
             release(s, accelerator, pipe, model, progress, out)

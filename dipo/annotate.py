@@ -23,7 +23,7 @@ from dipo.judges import Judge, judge_of
 from dipo.models import quiet_libraries
 from dipo.pairs import check_usable, stored
 from dipo.pictures import UNREADABLE, open_picture
-from dipo.schemas import content_key, layout, located_group, open_dataset, ordered, pairs_in, pairs_of, ranks_of
+from dipo.schemas import content_key, group_of, layout, open_dataset, ordered, pairs_in, pairs_of, ranks_of
 from dipo.stats import win_rate
 
 # Rows of data in a file of scores, pictures that are scored together.
@@ -39,11 +39,11 @@ def open_data(s, accelerator: Accelerator) -> tuple:
         return None, None
     rows = open_dataset(s.dataset, s.dataset_split)
     if s.relabel:
-        schema, folder = layout(rows, s.dataset, s.dataset_split)
-        files = scored(s, rows, partial(located_group, schema=schema, folder=folder), accelerator)
+        schema = layout(rows, s.dataset, s.dataset_split)
+        files = scored(s, rows, partial(group_of, schema=schema), accelerator)
         tell(s, files, accelerator)
         judged = {"scores": scores_of(records_in(files)), "margin": s.relabel_margin}
-        find = partial(pairs_in, schema=schema, folder=folder, ranked_pairs=s.ranked_pairs, **judged)
+        find = partial(pairs_in, schema=schema, ranked_pairs=s.ranked_pairs, **judged)
     else:
         find = pairs_of(rows, s.dataset, s.dataset_split, s.ranked_pairs)
     check_usable(rows, find, s.dataset)
@@ -143,8 +143,8 @@ def tell(s, files: list[Path], accelerator: Accelerator) -> None:
     for x in records_in(files):
         scores, ranks, judged = x["scores"], x["ranks"], ranks_of(x["scores"])
         gaps += [judged[j] - judged[i] for i, j in ordered(judged, s.ranked_pairs)[0] if scores[j] is not None]
-        labelled += [(scores[i], scores[j]) for i, j in ordered(ranks, s.ranked_pairs)[0]]
-    labelled = [pair for pair in labelled if None not in pair]
+        both = [(scores[i], scores[j]) for i, j in ordered(ranks, s.ranked_pairs)[0]]
+        labelled += [pair for pair in both if None not in pair]
     close = sum(gap < s.relabel_margin for gap in gaps)
     if gaps and close == len(gaps):
         most = f"all {close} pairs of {s.dataset} differ by less in {s.relabel}, at most by {max(gaps):.4g}"
@@ -152,9 +152,7 @@ def tell(s, files: list[Path], accelerator: Accelerator) -> None:
     if labelled:
         agreed = win_rate(*zip(*labelled, strict=True))
         rate, low, high = (100 * agreed[k] for k in ("win_rate", "low", "high"))
-        accelerator.print(
-            f"{s.relabel} agrees with the data set's labels in {rate:.1f} % (95 % interval {low:.1f} to {high:.1f}) of "
-            f"{len(labelled)} pairs"
-        )
+        share = f"{rate:.1f} % (95 % interval {low:.1f} to {high:.1f})"
+        accelerator.print(f"{s.relabel} agrees with the data set's labels in {share} of {len(labelled)} pairs")
     dropped = f", {close} of them closer than --relabel-margin {s.relabel_margin:g} and left out" * (s.relabel_margin > 0)
     accelerator.print(f"{s.relabel} decides {len(gaps)} pairs{dropped}")

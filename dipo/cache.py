@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from dipo.cli import UserError
 from dipo.devices import claimed
 from dipo.files import writable_folder, write_text, written_whole
 from dipo.judges import judge_of
-from dipo.pairs import Pairs, random_draws, read_pair, stream
+from dipo.pairs import Pairs, random_draws, read_pair
 from dipo.training import CACHED, encode_captions, encode_pictures, picture_size
 
 CACHE_SHARD = 256
@@ -52,7 +53,8 @@ def open_pairs(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator)
         read = functools.partial(read_pair, resolution=resolution)
         return Pairs(rows, find, read, draws, s.seed, s.shuffle_buffer, limit=s.max_train_pairs, **place), {}
     note = filled(s, rows, find, pipe, accelerator, resolution)
-    rows = stream(sorted(Path(s.cache_dir).expanduser().glob("*.parquet")))
+    files = sorted(str(path) for path in Path(s.cache_dir).expanduser().glob("*.parquet"))
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     read = functools.partial(read_cached, shapes=note["shapes"], dtype=pipe.vae.dtype)
     left_out = {k: note["counts"][k] for k in ("ties", "unreadable")}
     return Pairs(rows, lambda row: ([row], 0), read, draws, s.seed, s.shuffle_buffer, **place), left_out
@@ -125,15 +127,15 @@ def encode_all(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator,
             visits = [(block, place) for block, place in visits if block.start["epoch"] == 0]
             path = folder / f"{k:06d}.parquet"
             if visits and k % accelerator.num_processes == rank and not path.exists():
-                rows, shapes = [], None
+                encoded, shapes = [], None
                 for i in range(0, len(visits), 8):
                     items = pool.map(read, [block.pairs[place] for block, place in visits[i : i + 8]])
                     if items := [x for x in items if x is not None]:
-                        encoded, shapes = encode_batch(pipe, default_collate(items), s.flip)
-                        rows += encoded
-                counts = {"pairs": len(rows), "unreadable": len(visits) - len(rows)}
+                        more, shapes = encode_batch(pipe, default_collate(items), s.flip)
+                        encoded += more
+                counts = {"pairs": len(encoded), "unreadable": len(visits) - len(encoded)}
                 counts["ties"] = sum(block.ties for block, place in visits if place == 0)
-                write_shard(path, rows, {"position": position, "counts": counts, "shapes": shapes})
+                write_shard(path, encoded, {"position": position, "counts": counts, "shapes": shapes})
             bar.update(len(visits))
             if len(visits) < CACHE_SHARD:
                 return

@@ -103,8 +103,7 @@ def find_progress(s, out: Path, accelerator: Accelerator) -> tuple[str, dict]:
     if not s.resume:
         raise UserError(f"--output-dir {s.output_dir}: holds {checkpoint}; --resume goes on from it, or give another folder")
     progress = json.loads((Path(checkpoint) / "progress.json").read_text())
-    for key, value in asdict(s).items():
-        value = list(value) if isinstance(value, tuple) else value  # as JSON has it
+    for key, value in json.loads(json.dumps(asdict(s))).items():
         old = progress["settings"].get(key, ONLY_SETTINGS.get(key, value))
         if old == value or key in ("output_dir", "resume") or (key == "cache_dir" and old and value):
             continue

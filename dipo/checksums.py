@@ -1,9 +1,9 @@
 """Checksums of fetched files: what is damaged or missing, and SHA256SUMS, which `sha256sum -c` reads too."""
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from tqdm import tqdm
 
 from dipo.cli import UserError, first_line
@@ -34,10 +34,8 @@ def damage(folder: Path, file: File) -> str:
     if file.size is not None and path.stat().st_size != file.size:
         return f"with {path.stat().st_size} bytes instead of {file.size}"
     # The hub has a SHA-256 of large files only; small ones have what `git hash-object` gives.
-    digest = hashlib.sha256()
-    if not is_sha256(file.checksum):
-        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    return "" if read_into(digest, path) == file.checksum else "with a wrong checksum"
+    there = sha256(path) if is_sha256(file.checksum) else git_hash(path.read_bytes())
+    return "" if there == file.checksum else "with a wrong checksum"
 
 
 def is_sha256(checksum: str) -> bool:
@@ -45,20 +43,10 @@ def is_sha256(checksum: str) -> bool:
 
 
 def sha256(path: Path) -> str:
-    return read_into(hashlib.sha256(), path)
-
-
-def read_into(digest, path: Path) -> str:
-    """The digest of a file, in hexadecimal, with a bar where that takes a while."""
-    size = path.stat().st_size
-    with (
-        path.open("rb") as f,
-        tqdm(total=size, desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, delay=2) as bar,
-    ):
-        while chunk := f.read(1 << 22):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
+    """The SHA-256 of a file, in hexadecimal, with a bar where that takes a while."""
+    bar = {"desc": f"checking {path.name}", "leave": False, "delay": 2}
+    with path.open("rb") as file, tqdm.wrapattr(file, "read", path.stat().st_size, **bar) as f:
+        return sha_fileobj(f, 1 << 22).hex()
 
 
 def read_sums(root: Path) -> dict[str, dict[str, str]]:
@@ -98,8 +86,7 @@ def report(folder: Path, sums: dict[str, str] | None) -> bool:
     if sums is None:
         print(f"{folder.name}: not fetched whole")
         return False
-    reasons = {file: damage(folder, File(file, None, checksum)) for file, checksum in sums.items()}
-    reasons = {file: reason for file, reason in reasons.items() if reason}
+    reasons = {file: reason for file, x in sums.items() if (reason := damage(folder, File(file, None, x)))}
     print(f"{folder.name}: {count(sums)}, {len(reasons) or 'none'} damaged or missing")
     for file, reason in reasons.items():
         print(f"    {folder.name}/{file}: {reason}")

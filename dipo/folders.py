@@ -10,7 +10,7 @@ from dipo.cli import UserError, first_line, warn
 from dipo.files import find_path, read_record
 from dipo.grids import is_grid
 from dipo.pictures import UNREADABLE, prompt_inside
-from dipo.prompts import READERS, named_column, one_line, prompt_columns, read_text
+from dipo.prompts import READERS, listed, named_column, one_line, prompt_columns, read_text
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -36,9 +36,7 @@ def picture_records(name: str, given: list[dict] | None = None, flag: str = "fol
     records = {p.name: read_record(p) for p in sorted(paths, key=natural)}
     foreign = [file for file, record in records.items() if not record]
     if given and foreign and len(given) != len(records):
-        raise UserError(
-            f"--folder-prompts: {len(given)} prompts for the {len(records)} pictures of {name}; give one for each"
-        )
+        raise UserError(f"--folder-prompts: {len(given)} prompts for {len(records)} pictures of {name}; give one for each")
     if given and len(foreign) < len(records):
         warn(f"--folder-prompts: pictures of {name} that these scripts made keep the prompts inside them")
     known = dict(zip(records, given, strict=False)) if given else metadata_prompts(folder)
@@ -46,7 +44,9 @@ def picture_records(name: str, given: list[dict] | None = None, flag: str = "fol
     for file in foreign:
         path, row = folder / file, known.get(file, {})
         try:
-            prompt = row.get("prompt") or one_line(text_beside(path) or prompt_inside(path))
+            beside = (path.with_suffix(suffix) for suffix in (".txt", ".TXT"))
+            text = next((read_text(x) for x in beside if x.exists()), "")
+            prompt = row.get("prompt") or one_line(text or prompt_inside(path))
             reason = ""
         except UNREADABLE as e:
             prompt, reason = "", f" ({e if type(e) is ValueError else 'cannot be read'})"
@@ -54,8 +54,7 @@ def picture_records(name: str, given: list[dict] | None = None, flag: str = "fol
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         records[file] = {"prompt": prompt, "category": row.get("category", ""), "sha256": digest}
     if missing:
-        named = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-        what = f"{len(missing)} of {len(records)} pictures have no prompt: {named}"
+        what = f"{len(missing)} of {len(records)} pictures have no prompt: {listed(missing)}"
         more = "--folder-prompts, " if flag == "folders" else ""
         raise UserError(f"--{flag} {name}: {what}; give {more}a metadata.jsonl or a .txt beside each")
     return records
@@ -78,11 +77,6 @@ def metadata_prompts(folder: Path) -> dict[str, dict]:
         return dict(zip(names, prompt_columns(table).to_dict("records"), strict=True))
     except Exception as e:
         raise UserError(f"{path}: cannot be read: {first_line(e)}; each row needs file_name and text") from e
-
-
-def text_beside(path: Path) -> str:
-    texts = (path.with_suffix(suffix) for suffix in (".txt", ".TXT"))
-    return next((read_text(text) for text in texts if text.exists()), "")
 
 
 def paired(images: pd.DataFrame, a: str, b: str) -> tuple[pd.DataFrame, str]:

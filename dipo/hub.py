@@ -3,15 +3,13 @@
 import contextlib
 import errno
 import functools
-import io
 import os
 import shutil
 import sys
-import threading
+import time
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -19,9 +17,10 @@ from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from dipo.checksums import DownloadError, File, count, damage, is_sha256, read_sums, sha256, write_sums
-from dipo.cli import clean, first_line
+from dipo.cli import REPAIRABLE, clean, first_line
 
 FILES_AT_A_TIME = 4
 # Seconds before a call that failed for a passing reason is tried again.
@@ -51,10 +50,6 @@ def noted(failed: list[RepositoryError]):
         tqdm.write(f"error: {e}", sys.stderr)
 
 
-class Again(Exception):
-    """The storage refused an address that the hub gave, as it does once the address is some time old."""
-
-
 def status_of(e: BaseException) -> int | None:
     return getattr(getattr(e, "response", None), "status_code", None)
 
@@ -65,10 +60,10 @@ def is_passing(e: Exception, transport: bool) -> bool:
         return status in (408, 425, 429) or status >= 500
     broken = isinstance(e, (ConnectionError, TimeoutError)) or "Consistency check" in str(e)
     broken |= type(e).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
-    return isinstance(e, Again) or (transport and broken and not isinstance(e, errors.OfflineModeIsEnabled))
+    return transport and broken and not isinstance(e, errors.OfflineModeIsEnabled)
 
 
-def persist(call, source: Source, stop: threading.Event, transport: bool):
+def persist(call, source: Source, transport: bool):
     """call(), tried again after WAITS seconds where its failure may pass. Raises DownloadError."""
     for wait in (*WAITS, None):
         try:
@@ -78,35 +73,28 @@ def persist(call, source: Source, stop: threading.Event, transport: bool):
         except Exception as e:
             if wait is None or not is_passing(e, transport):
                 raise explain(e, source) from e
-        if stop.wait(wait):
-            raise DownloadError("stopped")
+        time.sleep(wait)
 
 
 def explain(e: Exception, source: Source) -> DownloadError:
     """What went wrong with a repository, as one line that says what to do."""
-    where, said = f"{source.repo} at {clean(ENDPOINT)}", first_line(e)
-    number, status = getattr(e, "errno", None), status_of(e)
+    where, said, status = f"{source.repo} at {clean(ENDPOINT)}", first_line(e), status_of(e)
     if isinstance(e, errors.GatedRepoError):
         return RepositoryError(f"{where}: gated; accept its terms on its page, set HF_TOKEN and run this again")
     if isinstance(e, errors.RepositoryNotFoundError):
-        return RepositoryError(
-            f"{where}: no such repository, or none that you may read; set HF_TOKEN if it is private, and look at HF_ENDPOINT"
-        )
+        return RepositoryError(f"{where}: no such repository, or none that you may read; look at HF_TOKEN and HF_ENDPOINT")
     if isinstance(e, errors.RevisionNotFoundError):
         return RepositoryError(f"{where}: no such revision; take the newest with --revision main")
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return DownloadError(f"{source.repo}: the disk is full; make room and run this again: what has arrived is kept")
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-        return DownloadError(f"cannot write ({said}); put that right, or give another folder with --output-dir")
+    if getattr(e, "errno", None) in (*REPAIRABLE, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        what = "put that right and run this again, or give another folder with --output-dir: what has arrived is kept"
+        return DownloadError(f"cannot write ({said}); {what}")
     if status in (401, 403):
         return RepositoryError(f"{where}: not allowed ({said}); look at HF_TOKEN, and run this again")
     if isinstance(e, errors.EntryNotFoundError) and not isinstance(e, errors.LocalEntryNotFoundError):
         return RepositoryError(f"{where}: a file is not there ({said}); try --revision main")
     if status or "Consistency check" in said:
         return RepositoryError(f"{where}: cannot be fetched ({said}); run this again later: what has arrived is kept")
-    return DownloadError(
-        f"{where}: cannot be fetched ({said}); look at the connection and run this again: what has arrived is kept"
-    )
+    return DownloadError(f"{where}: cannot be fetched ({said}); look at the connection, run this again: it goes on")
 
 
 def repo_info(source: Source, revision: str, **more):
@@ -114,7 +102,7 @@ def repo_info(source: Source, revision: str, **more):
     call = functools.partial(
         huggingface_hub.HfApi().repo_info, source.repo, repo_type=source.kind, revision=revision, timeout=30, **more
     )
-    info = persist(call, source, threading.Event(), transport=False)
+    info = persist(call, source, transport=False)
     if not info.sha:
         raise RepositoryError(f"{source.repo} at {clean(ENDPOINT)}: does not say its commit; use another HF_ENDPOINT")
     return info
@@ -144,16 +132,13 @@ class Snapshot:
     @property
     def arrived(self) -> int:
         """How many bytes of it earlier runs have left in the folder."""
-        return sum(file.size if self.has(file) else self.begun(file) for file in self.files)
+        paths = (self.folder / file.path if self.has(file) else self.part(file) for file in self.files)
+        return sum(path.stat().st_size for path in paths if path.is_file())
 
     def has(self, file: File) -> bool:
         """Whether a file is there in its full size."""
         path = self.folder / file.path
         return path.is_file() and path.stat().st_size == file.size
-
-    def begun(self, file: File) -> int:
-        part = self.part(file)
-        return min(part.stat().st_size, file.size or 0) if part.is_file() else 0
 
     def part(self, file: File) -> Path:
         """Where a file is until all of it has arrived."""
@@ -179,26 +164,7 @@ def find_snapshot(source: Source, revision: str, folder: Path) -> Snapshot:
     return Snapshot(source, info.sha, files, folder)
 
 
-class Part(io.FileIO):
-    """What has arrived of a file, to be written on; tells a bar, and gives up once it is told to stop."""
-
-    def __init__(self, path: Path, bar: tqdm, stop: threading.Event):
-        super().__init__(path, "r+" if path.exists() else "w+")
-        self.seek(0, os.SEEK_END)
-        self.bar, self.stop = bar, stop
-
-    def write(self, data: bytes) -> int:
-        if self.stop.is_set():
-            raise DownloadError("stopped")
-        self.bar.update(len(data))
-        # A raw file may take less than all of it; what is left of a full disk is one such case.
-        done = 0
-        while done < len(data):
-            done += super().write(memoryview(data)[done:])
-        return done
-
-
-def fetch(snapshot: Snapshot, file: File, bar: tqdm, stop: threading.Event, use_cache: bool = True) -> None:
+def fetch(snapshot: Snapshot, file: File, bar: tqdm, use_cache: bool = True) -> None:
     """Bring one file into its folder, from the hub's cache or the hub, unless it is there in full size; or DownloadError.
 
     It goes on where an earlier run stopped. (huggingface_hub's own snapshot_download did once; now it begins a file anew.)
@@ -216,37 +182,25 @@ def fetch(snapshot: Snapshot, file: File, bar: tqdm, stop: threading.Event, use_
             shutil.copyfile(cached, part)
             bar.update(part.stat().st_size)
         else:
-            with Part(part, bar, stop) as f:
-                receive(huggingface_hub.hf_hub_url(source.repo, file.path, **place), f, file.size)
+            # The storage that a redirect leads to gets no token.
+            url, headers = huggingface_hub.hf_hub_url(source.repo, file.path, **place), build_hf_headers()
+            with part.open("ab") as f:
+                told = CallbackIOWrapper(bar.update, f, "write")
+                http_get(url, told, resume_size=f.tell(), headers=headers, expected_size=file.size)
         os.replace(part, target)
 
     if not snapshot.has(file):
-        persist(attempt, snapshot.source, stop, transport=True)
+        persist(attempt, snapshot.source, transport=True)
 
 
-def receive(url: str, f: Part, size: int | None) -> None:
-    """Write on a file from the hub until it has size bytes. Again where the storage that the hub sends us to refuses us."""
-    found = huggingface_hub.get_hf_file_metadata(url)
-    headers, away = build_hf_headers(), urlsplit(found.location)[:2] != urlsplit(url)[:2]
-    if away:
-        # The token is the hub's business, not that of the storage it sends us to.
-        headers.pop("authorization", None)
-    try:
-        http_get(found.location, f, resume_size=f.tell(), headers=headers, expected_size=size)
-    except Exception as e:
-        if away and status_of(e) in (401, 403):
-            raise Again(first_line(e)) from e
-        raise
-
-
-def verify(snapshot: Snapshot, bar: tqdm, stop: threading.Event) -> None:
+def verify(snapshot: Snapshot, bar: tqdm) -> None:
     """Compare files with the hub's checksums and fetch once more what differs. RepositoryError where that does not help."""
     source, folder = snapshot.source, snapshot.folder
     for file in snapshot.files:
         if not damage(folder, file):
             continue
         (folder / file.path).unlink(missing_ok=True)
-        fetch(snapshot, file, bar, stop, use_cache=False)
+        fetch(snapshot, file, bar, use_cache=False)
         if reason := damage(folder, file):
             (folder / file.path).unlink(missing_ok=True)
             raise RepositoryError(
@@ -257,26 +211,23 @@ def verify(snapshot: Snapshot, bar: tqdm, stop: threading.Event) -> None:
 def fetch_all(snapshots: list[Snapshot], failed: list[RepositoryError]) -> None:
     """Fetch snapshots, several files at a time, verify them and write their checksums; what goes wrong with one of them is
     printed and added to failed. DownloadError for what stops all of them."""
-    size, arrived, stop = sum(s.size for s in snapshots), sum(s.arrived for s in snapshots), threading.Event()
+    size, arrived = sum(s.size for s in snapshots), sum(s.arrived for s in snapshots)
     bar = tqdm(total=size, initial=arrived, desc="fetching", unit="B", unit_scale=True, disable=not snapshots)
     # The threads of this pool are daemons: a connection that hangs holds up neither Ctrl-C nor the end of the script.
     with ThreadPool(FILES_AT_A_TIME) as pool, bar:
-        try:
-            jobs = [[pool.apply_async(fetch, (s, file, bar, stop)) for file in s.files] for s in snapshots]
-            for snapshot, files in zip(snapshots, jobs, strict=True):
-                with noted(failed):
-                    complete(snapshot, files, bar, stop)
-        finally:
-            stop.set()
+        jobs = [[pool.apply_async(fetch, (s, file, bar)) for file in s.files] for s in snapshots]
+        for snapshot, files in zip(snapshots, jobs, strict=True):
+            with noted(failed):
+                complete(snapshot, files, bar)
 
 
-def complete(snapshot: Snapshot, jobs: list, bar: tqdm, stop: threading.Event) -> None:
+def complete(snapshot: Snapshot, jobs: list, bar: tqdm) -> None:
     """Wait for the files of a snapshot, verify them and put their checksums into SHA256SUMS. Raises RepositoryError."""
     root, name = snapshot.folder.parent, snapshot.folder.name
     try:
         for job in jobs:
             job.get()
-        verify(snapshot, bar, stop)
+        verify(snapshot, bar)
     except RepositoryError:
         if not all((snapshot.folder / file).is_file() for file in read_sums(root).get(name, {})):
             write_sums(root, name, {})

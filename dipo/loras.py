@@ -37,7 +37,7 @@ SPELLINGS |= {"^label_emb_0_0$": "add_embedding_linear_1", "^label_emb_0_2$": "a
 SPELLINGS |= {"_in_layers_2$": "_conv1", "_out_layers_3$": "_conv2", "_emb_layers_1$": "_time_emb_proj"}
 SPELLINGS |= {"_skip_connection$": "_conv_shortcut", "^middle_block_0_": "mid_block_resnets_0_"}
 SPELLINGS |= {"^middle_block_1_": "mid_block_attentions_0_", "^middle_block_2_": "mid_block_resnets_1_"}
-LYCORIS = {"lokr_": "LoKr", "hada_": "LoHa", "lora_mid": "LoCon with a Tucker core", "oft_": "OFT"}
+LYCORIS = "lokr_|hada_|oft_|lora_mid"  # LoKr, LoHa, OFT, LoCon with a Tucker core
 
 
 class Lora(NamedTuple):
@@ -90,9 +90,7 @@ def peft_configs(path: Path, header: dict[str, str], tensors: dict[str, torch.Te
     beside = path.with_name(ADAPTER_CONFIG)
     # peft's own file is nothing without it; one that was renamed has it still, and names no model either.
     if path.name == LORA_FILES[1] or (beside.exists() and not any(key.startswith(tuple(MODELS)) for key in tensors)):
-        if not isinstance(config := json.loads(beside.read_text(encoding="utf-8")), dict):
-            raise ValueError(f"{ADAPTER_CONFIG} holds no JSON object")
-        return dict.fromkeys(MODELS.values(), config)
+        return dict.fromkeys(MODELS.values(), json.loads(beside.read_text(encoding="utf-8")))
     if any(key.startswith("base_model.model.") for key in tensors):
         warn(f"{path}: its scale is in peft's {ADAPTER_CONFIG}, which is not beside it; taken as 1")
     configs = {}
@@ -126,16 +124,12 @@ def by_layer(tensors: dict[str, torch.Tensor]) -> tuple[dict[tuple[str, str], di
     return layers, strange
 
 
-def other_kind(shapes: dict[str, list[int]], layers: dict) -> str:
+def other_kind(names, layers: dict) -> str:
     """What a file is that is no LoRA; empty for a LoRA."""
-    for key in shapes:
-        if kind := next((kind for part, kind in LYCORIS.items() if part in key), ""):
-            return f"a LyCORIS file of kind {kind} ({key}), which is not read; LoRA, LoCon and DoRA are"
-    if any({"down", "up"} & parts.keys() for parts in layers.values()):
-        return ""
-    if 1 <= len(shapes) <= 3 and all(len(shape) <= 2 for shape in shapes.values()):
-        return f"a textual inversion or another embedding ({', '.join(shapes)}), no LoRA"
-    return f"no LoRA; it is {kind_of(shapes)}"
+    if found := next((name for name in names if re.search(LYCORIS, name)), ""):
+        return f"a LyCORIS file ({found}), which is not read; LoRA, LoCon and DoRA are"
+    is_lora = any({"down", "up"} & parts.keys() for parts in layers.values())
+    return "" if is_lora else f"no LoRA; it is {kind_of(names)}"
 
 
 def check_family(name: str, layers: dict, text_width: int) -> None:

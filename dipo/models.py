@@ -122,22 +122,20 @@ def fitted(s):
 
 def fitting_vae(s, pipeline: type) -> str:
     """--vae, or "" for the base model's own where the default is of another family. UserError for another one that is."""
-    is_other = s.vae == type(s).vae and pipeline is not StableDiffusionXLPipeline
+    is_sdxl = pipeline is StableDiffusionXLPipeline
     try:
         # What diffusers takes for it where an old file does not say.
         scale = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae").get("scaling_factor", 0.18215)
+        own = own_config(AutoencoderKL, s.base_model, "vae")
+        wanted = own.get("scaling_factor", scale if is_sdxl and not own else 0.18215)
+        if scale != wanted:
+            what = f"scales latents by {scale:g}, but --base-model {s.base_model} by {wanted:g}"
+            raise UserError(f"--vae {s.vae}: {what}; take both from the same model family, or --vae= for its own")
     except UserError:
-        if is_other:
-            return ""
-        raise
-    own = own_config(AutoencoderKL, s.base_model, "vae")
-    wanted = own.get("scaling_factor", 0.18215 if own or is_other else scale)
-    if scale != wanted and not is_other:
-        raise UserError(
-            f"--vae {s.vae}: scales latents by {scale:g}, but --base-model {s.base_model} by {wanted:g}; take both from the "
-            "same model family, or --vae= for the base model's own"
-        )
-    return s.vae if scale == wanted else ""
+        if is_sdxl or s.vae != type(s).vae:
+            raise
+        return ""
+    return s.vae
 
 
 def own_config(cls, base_model: str, subfolder: str) -> dict:
@@ -150,8 +148,7 @@ def own_config(cls, base_model: str, subfolder: str) -> dict:
 
 def check_family(s) -> None:
     """UserError for a UNet of another family than the base model, or of other latents than the VAE."""
-    flag = "dpo-unet" if hasattr(s, "dpo_unet") else "init-unet"
-    name = getattr(s, flag.replace("-", "_"))
+    flag, name = ("dpo-unet", s.dpo_unet) if hasattr(s, "dpo_unet") else ("init-unet", s.init_unet)
     unet = load_config(UNet2DConditionModel, flag, name, s.base_model, "unet")
     there = unet.get("cross_attention_dim")
     here = own_config(UNet2DConditionModel, s.base_model, "unet").get("cross_attention_dim", there)
@@ -230,8 +227,7 @@ def image_size(s) -> tuple[int, int]:
     unet = load_config(UNet2DConditionModel, "dpo-unet", s.dpo_unet, s.base_model, "unet")
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     default = unet["sample_size"] * factor
-    height = default if s.height is None else s.height
-    width = default if s.width is None else s.width
+    height, width = (default if side is None else side for side in (s.height, s.width))
     for flag, value in (("height", height), ("width", width)):
         if value < factor or value % factor:
             near = max(factor, round(value / factor) * factor)

@@ -28,10 +28,6 @@ def quiet_data() -> None:
     warnings.filterwarnings("ignore", message=".*set_vital.*")
 
 
-def stream(files: list) -> datasets.IterableDataset:
-    return datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=True)
-
-
 def check_usable(rows: datasets.IterableDataset, pairs_of, name: str) -> None:
     """UserError unless at least one pair has two pictures that can be read."""
     why = "all are ties"
@@ -131,16 +127,12 @@ class Pairs:
         self.position = positions[0] | {"lanes": {k: v for x in positions for k, v in x["lanes"].items()}}
 
     def old_position(self, states: list[dict]) -> dict:
-        """What older versions left: the state of torchdata's StatefulDataLoader. Processes that had files of their own were
-        lanes, others took turns."""
-        workers = [x["_snapshot"]["_worker_snapshots"] if "_snapshot" in x else {"": x} for x in states]
-        if max(map(len, workers)) > 1:
-            raise UserError("--resume: several data workers of an older version wrote this checkpoint; start anew")
-        old = [next(iter(x.values()))["dataset_state"] for x in workers]
-        if self.limit is not None or self.rows.num_shards < len(old):
-            old = [max(old, key=lambda x: (x["epoch"], x["first"] + x["next"]))]
-        lanes = {str(n): {k: x[k] for k in START} | {"before": -x["next"]} for n, x in enumerate(old)}
-        return {"pairs": 0, "count": len(old), "size": self.shuffle_buffer, "lanes": lanes}
+        """What an older version left: the state of torchdata's StatefulDataLoader, of one process without data workers."""
+        if len(states) > 1 or "dataset_state" not in states[0]:
+            raise UserError("--resume: several processes or data workers of an older version left this; start anew")
+        old = states[0]["dataset_state"]
+        lane = {k: old[k] for k in START} | {"before": -old["next"]}
+        return {"pairs": 0, "count": 1, "size": self.shuffle_buffer, "lanes": {"0": lane}}
 
     def batches(self, size: int):
         """What this process has to read for each batch, as arguments of item; the ties passed, each on one process; and the

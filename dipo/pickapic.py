@@ -5,7 +5,6 @@ import contextlib
 import functools
 import itertools
 import json
-import re
 from pathlib import Path
 
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -24,12 +23,10 @@ BYTES_PER_PAIR = 340_000
 def read_state(folder: Path) -> dict:
     """What earlier runs have of a data set: the repository, its commit, and of each whole file its pairs, its SHA-256 and
     the position in the stream behind it. Empty where that cannot be read."""
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        named = all(re.fullmatch(r"train-\d{5}\.parquet|test_unique\.parquet", file) for file in state["files"])
-        if named and state["commit"] and all(x.keys() == {"pairs", "sha256", "position"} for x in state["files"].values()):
-            return state
-    return {"commit": None, "files": {}}
+    state = {"commit": None, "files": {}}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        state |= json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return state
 
 
 def folder_name(source: Source) -> str:
@@ -77,21 +74,13 @@ def save_file(folder: Path, state: dict, file: str, rows: list[dict], features, 
 
 
 def fetch_pairs(root: Path, source: Source, wanted: int, revision: str) -> None:
-    """Save pairs into a folder of root, and their checksums. Raises DownloadError."""
-    name = folder_name(source)
-    state = save_pairs(source, root / name, wanted, revision)
-    write_sums(root, name, {file: x["sha256"] for file, x in state["files"].items()})
-    pairs = pairs_in(state)
-    end = "" if pairs >= wanted else ", all that there are"
-    print(f"{name}: {pairs} pairs{end} in {root / name}, from commit {state['commit'][:8]}", flush=True)
-
-
-def save_pairs(source: Source, folder: Path, wanted: int, revision: str) -> dict:
-    """Stream the first wanted usable pairs into folder/train-00000.parquet and so on, and the captions of Pick-a-Pic's test
-    set into test_unique.parquet. Whole files of earlier runs are kept, damaged ones made again. Returns the state, as
-    read_state.
+    """Stream the first wanted usable pairs into train-00000.parquet and so on in a folder of root, and the captions of
+    Pick-a-Pic's test set into test_unique.parquet, and their checksums into SHA256SUMS. Whole files of earlier runs are
+    kept, damaged ones made again.
 
     Raises RepositoryError for what is wrong with the data set, DownloadError for the disk and the connection."""
+    name = folder_name(source)
+    folder = root / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state = read_state(folder)
@@ -113,7 +102,10 @@ def save_pairs(source: Source, folder: Path, wanted: int, revision: str) -> dict
         raise RepositoryError(str(e)) from e
     except Exception as e:
         raise explain(e, source) from e
-    return state
+    write_sums(root, name, {file: x["sha256"] for file, x in state["files"].items()})
+    pairs = pairs_in(state)
+    end = "" if pairs >= wanted else ", all that there are"
+    print(f"{name}: {pairs} pairs{end} in {folder}, from commit {state['commit'][:8]}", flush=True)
 
 
 def open_train(stream, repo: str, commit: str):

@@ -37,9 +37,8 @@ def read_prompts(source: str, parti: str = "", pickapic: str = "", flag: str = "
     except Exception as e:
         raise UserError(f"--{flag} {source}: cannot be read: {first_line(e)}") from e
     if table is None:
-        raise UserError(
-            f"--{flag} {source}: {'of no known kind' if find_path(source) else 'no such file or folder'}; {KINDS}"
-        )
+        what = "of no known kind" if find_path(source) else "no such file or folder"
+        raise UserError(f"--{flag} {source}: {what}; {KINDS}")
     table = table[table["prompt"] != ""].reset_index(drop=True)
     if table.empty:
         raise UserError(f"--{flag} {source}: holds no prompt; put one on each line, or in the column prompt")
@@ -199,28 +198,15 @@ def json_table(data) -> pd.DataFrame:
             raise ValueError(f"an object has no {NAMES}, but {listed(strange)}")
         # As objects: numbers with a gap among them would become fractions.
         return pd.DataFrame(rows, columns=None if rows else ["prompt"], dtype=object)
-    if isinstance(data, dict) and {*PROMPT} & {*plain(data)}:
-        return json_columns(data)
+    if isinstance(data, dict) and (known := {*PROMPT} & {*plain(data)}):
+        others = [k for k, x in data.items() if isinstance(x, list) and not {*PROMPT, *CATEGORY} & {*plain([k])}]
+        if known == {"text"} and any(isinstance(x, str) for k in others for x in data[k]):
+            raise ValueError(f"text may be a column or a category, as {others[0]} is; call it prompt, or something else")
+        return pd.DataFrame(data if any(isinstance(x, list | dict) for x in data.values()) else [data], dtype=object)
     if isinstance(data, dict) and all(isinstance(x, list) for x in data.values()):
         return together((key, key, json_table, x) for key, x in data.items())
-    kinds = {type(x).__name__ for x in data} if isinstance(data, list) else ()
-    found = f"a JSON {type(data).__name__}" + (f" of {listed(sorted(kinds))}" if kinds else "")
-    if isinstance(data, dict):
-        found = f"an object with {listed(data)}"
     wanted = "a list of prompts or of objects with a prompt, or an object of lists, its keys the categories"
-    raise ValueError(f"holds {found}; give {wanted}")
-
-
-def json_columns(data: dict) -> pd.DataFrame:
-    """An object with one prompt, or with a list of them and other columns, if any. ValueError where it may as well be an
-    object of categories."""
-    key = next(k for name in PROMPT for k in data if plain([k]) == [name])
-    if isinstance(data[key], list) and any(isinstance(x, dict) for x in data[key]):
-        return json_table(data[key])
-    others = [k for k, x in data.items() if isinstance(x, list) and not {*PROMPT, *CATEGORY} & {*plain([k])}]
-    if plain([key]) == ["text"] and any(isinstance(x, str) for k in others for x in data[k]):
-        raise ValueError(f"{key} may be a column or a category, as {others[0]} is; call it prompt, or something else")
-    return pd.DataFrame(data if any(isinstance(x, list | dict) for x in data.values()) else [data], dtype=object)
+    raise ValueError(f"holds {json.dumps(data)[:100]}; give {wanted}")
 
 
 def listed(names) -> str:

@@ -20,7 +20,6 @@ from dipo.cli import UserError, clean, first_line
 from dipo.devices import DTYPES
 from dipo.files import find_path, write_text, written_whole
 from dipo.grids import save_grids
-from dipo.hub import status_of
 from dipo.models import decode
 from dipo.training import autocast, picture_size, result_flags
 
@@ -90,20 +89,19 @@ def plot_metrics(out: Path, start: float | None) -> None:
 def save_result(s, out: Path, unet: UNet2DConditionModel, weights: dict, summary: dict) -> None:
     """unet/ or pytorch_lora_weights.safetensors in save_dtype, settings.yaml and the model card, each whole or not there.
     weights: the trained UNet's state dict. summary: what the run came to, for settings and card."""
+    dtype = DTYPES[s.save_dtype]
     if s.lora_rank:
         # With alpha in B no reader has to know of it.
         scale = (s.lora_alpha or s.lora_rank) / s.lora_rank
-        weights = get_peft_model_state_dict(unet, state_dict=weights)
-        weights = {k: v * scale if "lora_B" in k else v for k, v in weights.items()}
-    weights = {k: v.to(DTYPES[s.save_dtype]) for k, v in weights.items()}
-    if s.lora_rank:
-        layers = convert_state_dict_to_diffusers(weights)
+        layers = get_peft_model_state_dict(unet, state_dict=weights)
+        layers = {k: (v * scale if "lora_B" in k else v).to(dtype) for k, v in layers.items()}
         with written_whole(out / "pytorch_lora_weights.safetensors") as part:
+            layers = convert_state_dict_to_diffusers(layers)
             StableDiffusionXLPipeline.save_lora_weights(out, unet_lora_layers=layers, weight_name=part.name)
     else:
         with torch.device("meta"):
             result = UNet2DConditionModel.from_config(unet.config)
-        result.load_state_dict(weights, assign=True)
+        result.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
         with written_whole(out / "unet") as part:
             shutil.rmtree(part, ignore_errors=True)
             result.save_pretrained(part)
@@ -143,23 +141,14 @@ def check_upload(name: str) -> None:
         owner, repo = name.split("/")
     except ValueError as e:
         raise UserError(f"{flag}: is not the name of a hub repository; give owner/name") from e
-    if huggingface_hub.is_offline_mode():
-        raise UserError(f"{flag}: HF_HUB_OFFLINE is set; unset it, or leave the upload for later")
-    if not huggingface_hub.get_token():
-        raise UserError(f"{flag}: there is no token here; log in with `hf auth login`, or set HF_TOKEN")
     try:
         me = huggingface_hub.whoami()
     except Exception as e:
-        hub, what = clean(huggingface_hub.constants.ENDPOINT), "cannot be asked about the token"
-        todo = "look at the connection, or leave the upload for later"
-        if status_of(e) in (401, 403):
-            what, todo = "does not take the token", "look at HF_TOKEN"
-        raise UserError(f"{flag}: {hub} {what} ({first_line(e)}); {todo}") from e
+        hub, todo = clean(huggingface_hub.constants.ENDPOINT), "look at HF_TOKEN (or `hf auth login`) and the connection"
+        raise UserError(f"{flag}: {hub} takes no token from here ({first_line(e)}); {todo}") from e
     role = me.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
-        raise UserError(
-            f"{flag}: the token may only read; make one that may write, at https://huggingface.co/settings/tokens"
-        )
+        raise UserError(f"{flag}: the token may only read; give one that may write, of huggingface.co/settings/tokens")
     owners = [me["name"], *(org["name"] for org in me.get("orgs", []))]
     # What a fine-grained token may do is the hub's to judge.
     if role == "write" and owner.lower() not in [x.lower() for x in owners]:

@@ -25,6 +25,7 @@ class Schema(NamedTuple):
     pictures: tuple[str, ...]  # the columns of both, or the one that holds a list
     choice: str  # label (1: the first is better, 0: the second), ranks (1 is best), or "" where there is none
     caption: str
+    folder: Path | None = None  # where the names of files in rows start from; None: they stay as they are
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -73,7 +74,7 @@ def open_dataset(name: str, split: str = "train") -> datasets.IterableDataset:
             rows = datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
         else:
             rows = datasets.load_dataset(name, split=split, streaming=True)
-        columns = columns_of(rows)
+        columns = rows.column_names or list(next(iter(rows), {}))
         if path and path.is_dir() and "file_name" in columns:
             return own_pictures(name)
     except UserError:
@@ -136,10 +137,7 @@ def own_pictures(name: str) -> datasets.IterableDataset:
         groups.setdefault(record["prompt"], []).append(file)
     rows = [{"prompt": prompt, "pictures": files} for prompt, files in groups.items() if len(files) > 1]
     if not rows:
-        raise UserError(
-            f"--dataset {name}: its {len(groups)} pictures are of as many prompts; make two or more of each, with "
-            "hasty_sample.py --images-per-prompt 2"
-        )
+        raise UserError(f"--dataset {name}: no prompt has two pictures; use hasty_sample.py --images-per-prompt 2")
     if len(rows) < len(groups) and os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(groups) - len(rows)} of {len(groups)} prompts have one picture only and are left out")
     return datasets.Dataset.from_list(rows).to_iterable_dataset()
@@ -147,18 +145,12 @@ def own_pictures(name: str) -> datasets.IterableDataset:
 
 def failure(name: str, path: Path | None, e: Exception) -> str:
     """Why a data set cannot be loaded, and what to do."""
-    said = first_line(e)[:200]
+    todo = f"give another --dataset-split, or {TO_FETCH.format(name)}"
     if path:
-        return f"cannot be loaded ({said}); use whole files of one kind, or --demo"
-    if isinstance(e, FileNotFoundError | ConnectionError):
-        return f"cannot be loaded ({said}); {OTHERS}; or give files of your own, or try --demo"
-    if "split" in said:
-        return f"cannot be loaded ({said}); give another --dataset-split"
-    return f"cannot be streamed ({said}); {TO_FETCH.format(name)}"
-
-
-def columns_of(rows: datasets.IterableDataset) -> list[str]:
-    return rows.column_names or list(next(iter(rows), {}))
+        todo = "use whole files of one kind, or --demo"
+    elif isinstance(e, FileNotFoundError | ConnectionError):
+        todo = f"{OTHERS}; or give files of your own, or try --demo"
+    return f"cannot be loaded ({first_line(e)[:200]}); {todo}"
 
 
 def find_schema(columns: list[str], name: str) -> Schema:
@@ -193,23 +185,21 @@ def pairs_of(
     and path, or a path. Of a ranked group, all pairs or the best against the worst.
 
     Looks at the first rows. UserError where these are nearly all ties, or name pictures that are not there to be read."""
-    schema, folder = layout(rows, name, split)
+    schema = layout(rows, name, split)
     if len(schema.pictures) == 1 and not schema.choice:
         raise UserError(f"--dataset {name}: nobody has said which of its pictures are better; --relabel pickscore does")
-    find = functools.partial(pairs_in, schema=schema, folder=folder, ranked_pairs=ranked_pairs)
+    find = functools.partial(pairs_in, schema=schema, ranked_pairs=ranked_pairs)
     labels, found = [], 0
     for row in itertools.islice(rows, LOOK):
-        pairs, _ = find(row)
-        if any(isinstance(p, str) and located(p, folder) is None for p, _ in group_of(row, schema)):
-            raise UserError(f"--dataset {name}: row {len(labels)} names a picture outside {folder}; put it inside")
+        named = [p for p in group_of(row, schema._replace(folder=None))[1] if isinstance(p, str)]
+        if any(located(p, schema.folder) is None for p in named):
+            raise UserError(f"--dataset {name}: row {len(labels)} names a picture outside {schema.folder}; put it inside")
         labels.append(str(row.get(schema.choice)))
-        found += bool(pairs)
+        found += bool(find(row)[0])
         if found > LOOK // 100:
             break
     if {"2", "2.0"} & {*labels} and not {"0", "0.0"} & {*labels}:
-        raise UserError(
-            f"--dataset {name}: {schema.choice} is 1 or 2; write 1 where the first is better, 0 where the second is"
-        )
+        raise UserError(f"--dataset {name}: {schema.choice} is 1 or 2; write 1 where the first is better, and else 0")
     if len(labels) >= 50 and found < len(labels) / 100:
         raise UserError(
             f"--dataset {name}: {len(labels) - found} of the first {len(labels)} rows are ties or have no label that is "
@@ -218,14 +208,15 @@ def pairs_of(
     return find
 
 
-def layout(rows: datasets.IterableDataset, name: str, split: str) -> tuple[Schema, Path | None]:
+def layout(rows: datasets.IterableDataset, name: str, split: str) -> Schema:
     """Which columns the rows have, and the folder that file names in them start from. UserError for no rows."""
     first = next(iter(rows), None)
     if first is None:
         raise UserError(f"--dataset {name}: has no rows")
     schema = find_schema([*first], name)
-    example = next((p for row in itertools.islice(rows, LOOK) for p, _ in group_of(row, schema) if p), None)
-    return schema, picture_folder(name, split, example) if isinstance(example, str) else None
+    example = next((p for row in itertools.islice(rows, LOOK) for p in group_of(row, schema)[1] if p), None)
+    # Where the first picture is none in a file, the name of a file further on leads nowhere.
+    return schema._replace(folder=picture_folder(name, split, example) if isinstance(example, str) else Path(os.devnull))
 
 
 def picture_folder(name: str, split: str, example: str) -> Path:
@@ -240,27 +231,33 @@ def picture_folder(name: str, split: str, example: str) -> Path:
     return next((place for place in places if (place / example).is_file()), places[0])
 
 
-def group_of(row: dict, schema: Schema) -> list[tuple]:
-    """The pictures of a row, each with its rank, the lowest best and equal ones ties, whatever the schema; a picture in a
-    file by its name."""
-    choice = row.get(schema.choice)
+def group_of(row: dict, schema: Schema) -> tuple[str, list, list[float]]:
+    """The caption of a row, its pictures, those in files by their paths, and their ranks, the lowest best and equal ones
+    ties, whatever the schema."""
+    caption, choice = row[schema.caption], row.get(schema.choice)
     if len(schema.pictures) == 1:
         pictures = row[schema.pictures[0]] or []
         ranks = (choice or []) if schema.choice else [1] * len(pictures)
         sign = -1 if schema.choice == "human_preference" else 1
         # Lists of different lengths say nothing.
-        ranks = [number(r) for r in ranks] if len(ranks) == len(pictures) else [None] * len(pictures)
-        return [(name_of(p), sign * r) for p, r in zip(pictures, ranks, strict=True) if r is not None]
-    label = number(choice) if schema.choice else 1
-    usable = number(row.get("has_label")) != 0
-    ranks = {1: (1, 2), 0: (2, 1)}.get(label, (1, 1)) if usable else (1, 1)
-    return [(name_of(row[c]), rank) for c, rank in zip(schema.pictures, ranks, strict=True)]
+        known = [(p, number(r)) for p, r in zip(pictures, ranks, strict=True)] if len(ranks) == len(pictures) else []
+        pictures, ranks = [p for p, r in known if r is not None], [sign * r for _, r in known if r is not None]
+    else:
+        pictures, usable = [row[c] for c in schema.pictures], number(row.get("has_label")) != 0
+        label = number(choice) if schema.choice else 1
+        ranks = {1: [1, 2], 0: [2, 1]}.get(label, [1, 1]) if usable else [1, 1]
+    return "" if caption is None else str(caption), [located(p, schema.folder) for p in pictures], ranks
 
 
-def name_of(picture):
-    """The name of a picture that a row holds as one on this machine without its bytes; else the picture."""
-    inside = not isinstance(picture, dict) or picture["bytes"] is not None or "://" in (picture["path"] or "")
-    return picture if inside else picture["path"]
+def located(picture, folder: Path | None):
+    """A picture as it is, or, where a row holds the name of a file only, its path in the folder; None where the name leads
+    out of that."""
+    if isinstance(picture, dict) and picture["bytes"] is None and "://" not in (picture["path"] or ""):
+        picture = picture["path"]
+    if not isinstance(picture, str) or folder is None:
+        return picture
+    path = Path(os.path.abspath(folder / picture))
+    return str(path) if path.is_relative_to(os.path.abspath(folder)) else None
 
 
 def number(value) -> float | None:
@@ -273,11 +270,11 @@ def number(value) -> float | None:
 
 
 def pairs_in(
-    row: dict, schema: Schema, folder: Path | None, ranked_pairs: str, scores: dict | None = None, margin: float = 0.0
+    row: dict, schema: Schema, ranked_pairs: str, scores: dict | None = None, margin: float = 0.0
 ) -> tuple[list[dict], int]:
     """The pairs of a row, and how many ties; as pairs_of says. With scores, a judge's by content_key (None: cannot be read),
     the higher one wins whatever the labels say, and pairs that differ by less than the margin are ties."""
-    caption, pictures, ranks = located_group(row, schema, folder)
+    caption, pictures, ranks = group_of(row, schema)
     if scores is not None:
         try:
             ranks = ranks_of([scores[content_key(p, caption)] for p in pictures])
@@ -285,12 +282,6 @@ def pairs_in(
             raise UserError("--relabel: the data changed while they were scored; delete the cache and start again") from e
     won, ties = ordered(ranks, ranked_pairs, margin)
     return [{"winner": pictures[i], "loser": pictures[j], "caption": caption} for i, j in won], ties
-
-
-def located_group(row: dict, schema: Schema, folder: Path | None) -> tuple[str, list, list[float]]:
-    """The caption of a row, its pictures, those in files by their paths, and their ranks."""
-    group, caption = group_of(row, schema), row[schema.caption]
-    return "" if caption is None else str(caption), [located(p, folder) for p, _ in group], [rank for _, rank in group]
 
 
 def ordered(ranks: list[float], ranked_pairs: str, margin: float = 0.0) -> tuple[list[tuple[int, int]], int]:
@@ -317,11 +308,3 @@ def content_key(picture, caption: str) -> str:
         content += f" {os.path.getsize(content)} {os.stat(content).st_mtime_ns}"
     content = content if isinstance(content, bytes) else str(content).encode()
     return hashlib.blake2b(content + b"\0" + caption.encode(), digest_size=16).hexdigest()
-
-
-def located(picture, folder: Path | None):
-    """A picture as it is, or, for a file name, its path in the folder; None where the name leads out of that."""
-    if not isinstance(picture, str):
-        return picture
-    path = Path(os.path.abspath(folder / picture))
-    return str(path) if path.is_relative_to(os.path.abspath(folder)) else None

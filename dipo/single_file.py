@@ -33,6 +33,7 @@ KINDS = {
     r"^(conditioner|cond_stage_model)\.": WHOLE,
     **{tensor: f"a {name}; give it as --{flag}" for name, flag, tensor in PARTS.values()},
     r"token_embedding\.weight$": "a text encoder, which comes with the base model",
+    r"^(emb_params|clip_[lg]|<.*>)$": "a textual inversion, which has no place here",
 }
 # Who reads text embeddings of so many numbers.
 FAMILIES = {768: " (SD 1.5)", 1024: " (SD 2)", 2048: " (SDXL)"}

@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
-import importlib.util
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -33,32 +33,25 @@ def check_training(s) -> None:
     check_at_least(s, max_train_steps=1, effective_batch_size=1, train_batch_size=1, lr_warmup_steps=0, lora_rank=0)
     check_at_least(s, shuffle_buffer=1, num_workers=0, checkpoint_every=1, keep_checkpoints=1, validate_every=0)
     check_at_least(s, max_train_pairs=1, seed=0, resolution=8)
-    if not 0 <= s.weight_decay < math.inf:
-        raise UserError(f"--weight-decay {s.weight_decay}: use 0 or more")
-    for name in ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio", "lora_alpha"):
-        value = getattr(s, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} {value}: use a finite number above 0")
-    if not 0 <= s.caption_dropout < 1:
-        raise UserError(f"--caption-dropout {s.caption_dropout}: use 0 (every pair with its caption) to less than 1")
-    if not 0 <= s.relabel_margin < math.inf:
-        raise UserError(f"--relabel-margin {s.relabel_margin}: use 0 or more, in the judge's own units")
-    if s.relabel_margin and not s.relabel:
-        raise UserError(f"--relabel-margin {s.relabel_margin}: has no scores without a judge; add --relabel pickscore")
-    if s.relabel == "clipscore" and not s.clip:
-        raise UserError("--relabel clipscore: there is no model (--clip is empty, as the demo's is); give one")
-    if s.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed-precision fp16: needs a CUDA GPU; use bf16 or no")
-    if s.winner_preserving is not None and not 0 <= s.winner_preserving <= 1:
-        raise UserError(f"--winner-preserving {s.winner_preserving}: use 0 to 1")
-    if s.winner_preserving is not None and s.loss == "sft":
-        raise UserError("--winner-preserving: sft trains on winners only; leave it out, or use another --loss")
-    if s.reference == "base" and (s.lora_rank or s.loss in WITHOUT_REFERENCE or not s.init_unet):
-        raise UserError("--reference base: is for --init-unet with a loss that has a reference, and without --lora-rank")
-    if s.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("--optimizer adamw8bit: the package is not installed; pip install bitsandbytes")
-    if s.wandb and not is_wandb_available():
-        raise UserError("--wandb: the package is not installed; pip install wandb")
+    numbers = ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio", "lora_alpha")
+    rules = [(x, getattr(s, x) is None or 0 < getattr(s, x) < math.inf, "use a finite number above 0") for x in numbers]
+    mu, tied = s.winner_preserving, s.init_unet and not s.lora_rank and s.loss not in WITHOUT_REFERENCE
+    rules += [
+        ("weight_decay", 0 <= s.weight_decay < math.inf, "use 0 or more"),
+        ("caption_dropout", 0 <= s.caption_dropout < 1, "use 0 (every pair with its caption) to less than 1"),
+        ("relabel_margin", 0 <= s.relabel_margin < math.inf, "use 0 or more, in the judge's own units"),
+        ("relabel_margin", s.relabel or not s.relabel_margin, "has no scores without a judge; add --relabel pickscore"),
+        ("relabel", s.relabel != "clipscore" or s.clip, "there is no model (--clip is empty, as the demo's is); give one"),
+        ("mixed_precision", s.mixed_precision != "fp16" or torch.cuda.is_available(), "needs a CUDA GPU; use bf16 or no"),
+        ("winner_preserving", mu is None or 0 <= mu <= 1, "use 0 to 1"),
+        ("winner_preserving", mu is None or s.loss != "sft", "sft trains on winners only; leave it out"),
+        ("reference", s.reference == "init" or tied, "needs --init-unet, a loss that has a reference, and no --lora-rank"),
+        ("optimizer", s.optimizer != "adamw8bit" or find_spec("bitsandbytes"), "not installed; pip install bitsandbytes"),
+        ("wandb", not s.wandb or is_wandb_available(), "not installed; pip install wandb"),
+    ]
+    for name, fine, advice in rules:
+        if not fine:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(s, name)}: {advice}")
 
 
 def best_precision(device: str) -> str:
@@ -75,43 +68,32 @@ def result_flags(s, name: str) -> str:
     return f"--dpo-unet {s.init_unet} --dpo-lora {name}" if s.init_unet else f"--dpo-lora {name}"
 
 
-def what_to_watch(s) -> str:
-    """What to look at while this loss is trained, as the loss itself says little."""
-    if s.loss in WITHOUT_REFERENCE:
-        return f"--loss {s.loss} has no reference: watch winner_mse and loser_mse in metrics.csv, and validation/"
-    start = f"starts at {STARTS[s.loss]:.4g}" if s.loss in STARTS else "starts at the noise error"
-    return (
-        f"--loss {s.loss} {start} and moves little: watch implicit_accuracy (0.5: nothing learned yet) and winner_change "
-        "(the winners' noise error less the reference's; it should not grow) in metrics.csv, loss.png, and validation/"
-    )
-
-
 def accumulation_steps(effective_batch_size: int, train_batch_size: int, processes: int) -> int:
     """How many batches each device adds up before an optimizer step; UserError where the numbers do not divide."""
-    together = train_batch_size * processes
-    steps, rest = divmod(effective_batch_size, together)
+    steps, rest = divmod(effective_batch_size, train_batch_size * processes)
     if rest:
-        near = [n * together for n in (steps, steps + 1) if n]
-        fits = [b for b in range(1, effective_batch_size // processes + 1) if effective_batch_size % (b * processes) == 0]
-        fits = sorted(sorted(fits, key=lambda b: abs(b - train_batch_size))[:2])
-        other = f", or --train-batch-size {' or '.join(map(str, fits))}" if fits else ""
-        raise UserError(
-            f"--effective-batch-size {effective_batch_size}: no multiple of {train_batch_size} pairs per device x "
-            f"{processes} processes; use {' or '.join(map(str, near))}{other}"
-        )
+        what = f"no multiple of {train_batch_size} pairs per device x {processes} processes"
+        raise UserError(f"--effective-batch-size {effective_batch_size}: {what}; use one, or another --train-batch-size")
     return steps
 
 
 def tell_rates(s, accelerator: Accelerator) -> None:
-    """Print what the effective batch and the learning rate are made of, and what to watch."""
+    """Print what the effective batch and the learning rate are made of, and what to watch, as the loss says little."""
     world = accelerator.num_processes
-    times = f" = {s.learning_rate:g} per pair x {s.effective_batch_size} (--no-scale-lr takes it as it is)"
-    if not s.scale_lr:
-        times = ", taken as it is (--scale-lr multiplies it by the effective batch)"
+    times = ", taken as it is (--scale-lr multiplies it by the effective batch)"
+    if s.scale_lr:
+        times = f" = {s.learning_rate:g} per pair x {s.effective_batch_size} (--no-scale-lr takes it as it is)"
+    watch = "has no reference: watch winner_mse and loser_mse in metrics.csv, and validation/"
+    if s.loss not in WITHOUT_REFERENCE:
+        start = f"at {STARTS[s.loss]:.4g}" if s.loss in STARTS else "at the noise error"
+        watch = (
+            f"starts {start} and moves little: watch implicit_accuracy (0.5: nothing learned yet) and winner_change (the "
+            "winners' noise error less the reference's; it should not grow) in metrics.csv, loss.png, and validation/"
+        )
     accelerator.print(
         f"effective batch {s.effective_batch_size} = {s.train_batch_size} per device x {world} "
         f"{'process' if world == 1 else 'processes'} x {accelerator.gradient_accumulation_steps} accumulated\n"
-        f"learning rate {s.full_learning_rate:.4g}{times}\n{what_to_watch(s)}"
+        f"learning rate {s.full_learning_rate:.4g}{times}\n--loss {s.loss} {watch}"
     )
 
 
@@ -150,17 +132,18 @@ def make_reference(unet: UNet2DConditionModel, dtype: torch.dtype, norms: torch.
 
 
 @contextlib.contextmanager
-def base_model(model: torch.nn.Module, unet: UNet2DConditionModel, reference: UNet2DConditionModel | None):
-    """The reference model, for what is done inside: without one of its own the model itself, whose UNet has a LoRA that is
-    off meanwhile."""
-    if reference is not None:
-        yield reference
-        return
-    unet.disable_adapters()
-    try:
-        yield model
-    finally:
-        unet.enable_adapters()
+def base_model(accelerator: Accelerator, model: torch.nn.Module, unet: UNet2DConditionModel, reference):
+    """The reference model, for what is done inside, without gradients: a UNet of its own or, for None, the model itself,
+    whose UNet has a LoRA that is off meanwhile."""
+    with torch.no_grad(), autocast(accelerator):
+        if reference is not None:
+            yield reference
+            return
+        unet.disable_adapters()
+        try:
+            yield model
+        finally:
+            unet.enable_adapters()
 
 
 def in_parts(accelerator: Accelerator) -> bool:
@@ -252,10 +235,7 @@ def check_start(argument: torch.Tensor) -> None:
     """UserError unless model and reference agree, as they must before the first step. argument: preference_loss's, (B,)."""
     far = argument.detach().abs().mean().item()
     if far > 0.1:
-        raise UserError(
-            f"model and reference differ before training (mean argument {far:.3g}, should be 0), so their differences mean "
-            "nothing; use --mixed-precision bf16 or no"
-        )
+        raise UserError(f"model and reference differ before training, by {far:.3g}; use --mixed-precision bf16 or no")
 
 
 @torch.no_grad()
@@ -275,21 +255,17 @@ def check_moved(before, parameters, lr: float, lora: bool, accelerator: Accelera
     if accelerator.is_main_process:
         tqdm.write(f"the first step, at learning rate {lr:.3g}, moved {share}")
     if not moved:
-        raise UserError(
-            f"no weight moved in the first step: at learning rate {lr:.3g} steps are smaller than the spacing of float32 "
-            "numbers; use --scale-lr, or a larger --learning-rate"
-        )
+        # Steps are smaller than the spacing of float32 numbers.
+        raise UserError(f"no weight moved at learning rate {lr:.3g}; use --scale-lr, or a larger --learning-rate")
     if moved < 0.4 * total:
         warn("most steps are lost in rounding at this rate, which is that of warm-up")
 
 
-def check_skipped(in_a_row: int, checkpoints) -> None:
-    """UserError when too many steps in a row had no finite loss or gradient."""
+def check_skipped(in_a_row: int) -> None:
+    """UserError when too many steps in a row had no finite loss or gradient, from which on nothing is kept."""
     if in_a_row >= MAX_SKIPPED:
-        raise UserError(
-            f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row; the last checkpoint in {checkpoints} is from "
-            "before: resume it with a lower --learning-rate, or train in bf16"
-        )
+        what = f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row"
+        raise UserError(f"{what}; --resume from before with a lower --learning-rate, or train in bf16")
 
 
 def first_errors(progress: dict, m_w: float, m_l: float) -> tuple[float, float]:
@@ -309,9 +285,8 @@ def drift_error(step: int, mse: float, reference_mse: float, max_ratio: float) -
     """What to raise where the model's noise error is more than max_ratio times the reference's."""
     if mse > max_ratio * reference_mse:
         return UserError(
-            f"step {step}: the model's noise error {mse:.4f} exceeds {max_ratio:g} times the reference's "
-            f"{reference_mse:.4f}: it is losing what it knew; start again with a lower --learning-rate, or resume with a "
-            "larger --max-mse-ratio (checkpoints of this step and before are kept)"
+            f"step {step}: the noise error {mse:.4f} exceeds {max_ratio:g} times the reference's {reference_mse:.4f}; start "
+            "again with a lower --learning-rate, or --resume with a larger --max-mse-ratio"
         )
     return None
 
@@ -330,9 +305,8 @@ def warn_of_displacement(metrics: Path, progress: dict) -> None:
     if falls and share > 1 and change.mean() > 2 * change.sem():
         progress["displaced"] = True
         warn(
-            f"the loss falls, but the winners' noise error has grown, by {share:.2g} %: the model tells "
-            "winners from losers by getting worse at both (likelihood displacement); if pictures suffer, use "
-            "--winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate"
+            f"the loss falls, but the winners' noise error has grown by {share:.2g} % (likelihood displacement); if "
+            "pictures suffer, use --winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate"
         )
 
 

@@ -57,9 +57,8 @@ class Hub:
 
     def fetched(self) -> list[str]:
         """Names of the files of which something was sent."""
-        return [
-            path.rsplit("/", 1)[1] for method, path, _ in self.requests if method == "GET" and not path.startswith("/api")
-        ]
+        asked = [path for method, path, _ in self.requests if method == "GET" and not path.startswith("/api")]
+        return [path.rsplit("/", 1)[1] for path in asked if path.startswith("/large") or not path.endswith(LARGE)]
 
 
 class Handler(BaseHTTPRequestHandler):

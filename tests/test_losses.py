@@ -341,9 +341,9 @@ def test_a_tuned_unet_is_started_from_and_the_reference_is_it_or_the_base(train,
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--loss", "sft", "--winner-preserving", "0"), "--winner-preserving: sft trains on winners only"),
+        (("--loss", "sft", "--winner-preserving", "0"), "--winner-preserving 0.0: sft trains on winners only"),
         (("--winner-preserving", "1.5"), "--winner-preserving 1.5: use 0 to 1"),
-        (("--reference", "base"), "--reference base: is for --init-unet"),
+        (("--reference", "base"), "--reference base: needs --init-unet"),
         (("--init-unet", "nowhere"), "--init-unet 'nowhere': no such folder"),
         (("--lora-rank", "2", "--lora-targets", "to_x"), "--lora-targets to_x: no layer's name ends so"),
         (("--lora-rank", "2", "--lora-alpha", "0"), "--lora-alpha 0.0: use a finite number above 0"),
@@ -371,6 +371,6 @@ def test_8_bit_adamw_goes_on_to_the_bit(train, tmp_path):
 
 def test_without_bitsandbytes_8_bit_is_refused_at_once(monkeypatch):
     td = script("train_dipo")
-    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
     with pytest.raises(training.UserError, match="pip install bitsandbytes"):
         training.check_training(td.complete(td.Settings(optimizer="adamw8bit", device="cpu")))

@@ -64,7 +64,6 @@ TABLES = {
     ),
     "one.json": ('{"prompt": "a, b", "seed": 1}', [("a, b", "")]),
     "gap.json": ('[{"prompt": 1}, {"prompt": null}]', [("1", "")]),
-    "wrapped.json": ('{"prompts": [{"text": "a"}, {"text": "b"}], "n": 2}', [("a", ""), ("b", "")]),
     "images.json": ('{"Text": ["a", "b"], "id": [1, 2]}', [("a", ""), ("b", "")]),
     "lines.json": ('{"prompt": "a"}\n\n{"prompt": "b"}\n', [("a", ""), ("b", "")]),
     "pretty.jsonl": ('[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n', [("a", ""), ("b", "")]),
@@ -115,7 +114,7 @@ def test_a_folder_holds_files_of_every_kind(tmp_path):
     wanted = [("a", "anime"), ("b", "anime"), ("c", "own"), ("d", "mixed"), ("e", "photo")]
     assert list(read_prompts(str(tmp_path)).itertuples(index=False, name=None)) == wanted
     (tmp_path / "other.json").write_text('{"version": 1}')
-    with pytest.raises(UserError, match=r"cannot be read: other\.json: holds an object with version; give a list"):
+    with pytest.raises(UserError, match=r"cannot be read: other\.json: holds .*version.*; give a list"):
         read_prompts(str(tmp_path))
 
 
@@ -129,8 +128,8 @@ UNREADABLE = {
     "later.csv": ("prompt,category\na,b\na, b,c\n", "put quotes around prompts with commas"),
     "open.csv": ('prompt,n\n"a,1\nb,2\n', "a quote is opened and never closed"),
     "empty.csv": ("", "holds no prompt"),
-    "numbers.json": ("[1, 2]", "holds a JSON list of int; give a list of prompts or of objects"),
-    "words.json": ("null", "holds a JSON NoneType; give"),
+    "numbers.json": ("[1, 2]", r"holds \[1, 2\]; give a list of prompts or of objects"),
+    "words.json": ("null", "holds null; give"),
     "text.json": (
         '{"text": ["c"], "animals": ["a"], "people": ["b"]}',
         "text may be a column or a category, as animals is; call it prompt, or something else",
@@ -144,7 +143,8 @@ UNREADABLE = {
     "line.jsonl": ('{"text": "a"}\n\n{"text": "b"\n', "line 3: Expecting ',' delimiter at column 13$"),
     "blank.json": ("\n", "holds no prompt"),
     "object.json": ("{}", "holds no prompt"),
-    "nested.json": ('{"a": {"b": 1}}', "holds an object with a; give"),
+    "nested.json": ('{"a": {"b": 1}}', r'holds \{"a": \{"b": 1\}\}; give'),
+    "wrapped.json": ('{"prompts": [{"text": "a"}, {"text": "b"}]}', "the column prompts holds more than one text in a row"),
     "lists.json": ('[{"captions": ["a", "b"]}]', "the column captions holds more than one text in a row"),
     "broken.json": ('["a", ', "cannot be read: Expecting value: line 1 column 7"),
     "none.json": ("[]", "holds no prompt"),

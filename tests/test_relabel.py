@@ -386,7 +386,7 @@ def test_from_prompts_to_a_tuned_model(run, tmp_path):
         (("--relabel", "pickscore", "--pickscore", "nobody/nothing"), "--pickscore nobody/nothing: config.json and "),
         (("--relabel", "hpsv2", "--hpsv2", "nobody/nothing"), "--hpsv2 nobody/nothing: HPS_v2.1_compressed.pt cannot be"),
         (("--relabel", "pickscore", "--cache-dir", "file"), "--cache-dir file: cannot be written to"),
-        (("--dataset", "single"), "its 2 pictures are of as many prompts; make two or more of each"),
+        (("--dataset", "single"), "no prompt has two pictures; use hasty_sample.py --images-per-prompt 2"),
         (
             ("--dataset", "silent"),
             "--dataset silent: 2 of 2 pictures have no prompt: 0.png, 1.png; give a metadata.jsonl or",

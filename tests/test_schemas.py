@@ -353,7 +353,7 @@ def bad(folder, kind):
         ("damaged", r"train.parquet: is no whole parquet file \(.*fetch it again"),
         ("cut", r"train-2.parquet: is no whole parquet file \(.*fetch it again"),
         ("other columns", r"train.parquet: has not the columns of train-2.parquet beside it"),
-        ("1 or 2", "label_0 is 1 or 2; write 1 where the first is better, 0 where the second is"),
+        ("1 or 2", "label_0 is 1 or 2; write 1 where the first is better, and else 0"),
         ("not there", "no usable pair in it; all are ties or unreadable, one for .*No such file.*a0.png"),
         ("csv", "not one of .parquet, .arrow, .tar, .jsonl, .json, nor a folder of them"),
         (
@@ -399,6 +399,20 @@ def test_names_in_columns_of_pictures_and_absolute_ones_are_found_inside_the_fol
         else:
             with pytest.raises(UserError, match="row 0 names a picture outside"):
                 read(folder)
+
+
+def test_a_name_behind_pictures_that_are_stored_is_never_opened(tmp_path, monkeypatch):
+    """Though there is such a picture in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path, "secret0.png")
+    kind = {"bytes": datasets.Value("binary"), "path": TEXT}
+    rows = trl(20) + trl(1, chosen={"bytes": None, "path": "secret0.png"})
+    rows += trl(1, chosen={"bytes": None, "path": str(tmp_path / "secret0.png")})
+    parquet(tmp_path, rows, prompt=TEXT, chosen=kind, rejected=kind)
+    found = open_dataset(str(tmp_path))
+    find = pairs_of(found, str(tmp_path))
+    items = [read_pair(pair, 8) for row in found for pair in find(row)[0]]
+    assert [x is not None for x in items] == [True] * 20 + [False] * 2
 
 
 def test_empty_files_hidden_folders_and_large_letters(tmp_path):

@@ -142,7 +142,7 @@ def test_where_the_prompt_of_a_picture_comes_from(tmp_path):
     records = picture_records(str(folder), given)
     assert [r["prompt"] for r in records.values()] == [PROMPTS[0], "given 1", "given 2", "given 3", "given 4"]
     assert records["2.png"]["category"] == "x"
-    with pytest.raises(UserError, match=r"--folder-prompts: 4 prompts for the 5 pictures of .*; give one for each"):
+    with pytest.raises(UserError, match=r"--folder-prompts: 4 prompts for 5 pictures of .*; give one for each"):
         picture_records(str(folder), given[:4])
     # What is ours needs none.
     make_folder(tmp_path / "b", 2)
@@ -161,10 +161,8 @@ def test_pictures_without_a_prompt_are_named(tmp_path):
     (tmp_path / "a/3.png").write_bytes(b"none")
     with pytest.raises(UserError) as error:
         picture_records(str(tmp_path / "a"))
-    said = (
-        f"{tmp_path / 'a'}: 4 of 5 pictures have no prompt: 0.png, 2.png, 3.png (cannot be read), ...; give --folder-prompts"
-    )
-    assert str(error.value) == f"--folders {said}, a metadata.jsonl or a .txt beside each"
+    said = f"{tmp_path / 'a'}: 4 of 5 pictures have no prompt: 0.png, 2.png, 3.png (cannot be read), 4.png"
+    assert str(error.value) == f"--folders {said}; give --folder-prompts, a metadata.jsonl or a .txt beside each"
     graph = {"1": {"class_type": "KSampler", "inputs": {"positive": ["2", 0]}}}
     graph["2"] = {"class_type": "CLIPTextEncode", "inputs": {"text": ["3", 0]}}
     info = PngImagePlugin.PngInfo()

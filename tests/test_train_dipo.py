@@ -307,20 +307,16 @@ def test_the_stream_goes_on_from_every_place(numbers, options):
 
 
 def test_what_an_older_version_left_goes_on(numbers):
-    """The state of torchdata's loader: on processes with a file each, on processes that took turns, of one data worker."""
-    block = {"epoch": 0, "before": 0, "rows": None, "block": 0, "first": 0, "next": 8, "ties": 0, "unreadable": 0}
+    """The state of torchdata's loader, of one process without data workers."""
+    state = {"epoch": 0, "before": 0, "rows": None, "block": 0, "first": 0, "next": 8, "ties": 0, "unreadable": 0}
     order = np.random.default_rng([3, 0, 0, 0]).permutation(20)
     left = [([0, *range(1, 9), *range(10, 19), 20, 21])[k] for k in order][8:]
-    own, _, _ = take(numbers(2), 24, world=2, positions=[{"dataset_state": block}] * 2, buffer=20)
-    assert own == [x for j, n in enumerate(left) for x in ((n, (3, 0, 0, 0, 8 + j)), (n + 30, (3, 0, 1, 0, 8 + j)))]
-    turns = [{"dataset_state": block | {"next": n}} for n in (7, 8)]
-    worker = {"_snapshot": {"_worker_snapshots": {"worker_0": {"dataset_state": block}}}}
-    for processes, states in ((2, turns), (1, turns), (1, [worker])):
-        got, _, _ = take(numbers(1), 12, world=processes, positions=states, buffer=20)
+    for processes in (1, 2):
+        got, _, _ = take(numbers(1), 12, world=processes, positions=[{"dataset_state": state}], buffer=20)
         assert got == [(n, (3, 0, 0, 0, 8 + j)) for j, n in enumerate(left)]
-    worker["_snapshot"]["_worker_snapshots"]["worker_1"] = {"dataset_state": block}
-    with pytest.raises(UserError, match="several data workers of an older version"):
-        take(numbers(1), 1, positions=[worker])
+    for states in ([{"dataset_state": state}] * 2, [{"_snapshot": {}}]):
+        with pytest.raises(UserError, match="several processes or data workers of an older version"):
+            take(numbers(1), 1, positions=states)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -401,7 +397,7 @@ def test_the_loras_reference_is_the_base_model(tiny, dtype):
         for p in trained:
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     assert not torch.equal(predictions(unet, torch.bfloat16), expected)
-    with training.base_model(unet, unet, None) as same_unet:
+    with training.base_model(td.Accelerator(cpu=True), unet, unet, None) as same_unet:
         assert torch.equal(predictions(same_unet, torch.bfloat16), expected)
     assert [p for p in unet.parameters() if p.requires_grad] == trained
 
@@ -790,7 +786,7 @@ def test_a_drifting_model_stops_the_run_with_a_checkpoint(train, tmp_path):
 
 def test_a_rate_that_moves_nothing_is_an_error(train):
     code, _, err = train("--output-dir", "out", "--learning-rate", "1e-30", "--max-train-steps", 2)
-    assert code == 2 and "no weight moved in the first step" in err
+    assert code == 2 and "no weight moved at learning rate" in err
 
 
 def test_a_reference_that_differs_from_the_start_is_an_error(train, monkeypatch):
@@ -844,8 +840,8 @@ def test_bad_data_end_with_one_line(train, tmp_path, kind, said):
         (("--dataset", "no such thing"), "no such file or folder"),
         (("--dataset", "nobody/nothing"), "nobody/nothing: cannot be loaded"),
         (("--base-model", "nobody/nothing"), "--base-model nobody/nothing: cannot be loaded"),
-        (("--effective-batch-size", "10", "--train-batch-size", "4"), "use 8 or 12, or --train-batch-size 2 or 5"),
-        (("--effective-batch-size", "3", "--train-batch-size", "4"), "use 4, or --train-batch-size 1 or 3"),
+        (("--effective-batch-size", "10", "--train-batch-size", "4"), "no multiple of 4 pairs per device x 1 processes"),
+        (("--effective-batch-size", "3", "--train-batch-size", "4"), "use one, or another --train-batch-size"),
         (("--output-dir", "file"), "--output-dir file: cannot be written to"),
         (("--cache-dir", "file"), "--cache-dir file: cannot be written to"),
         (("--weight-decay", "-1"), "--weight-decay -1.0: use 0 or more"),
