@@ -256,7 +256,7 @@ def print_equivalence(s: Settings, equal: pd.DataFrame, baseline: Row) -> None:
     name, digits = gap_column(equal)
     columns = {"sampler": "sampler", "score": "score", "verdict": "verdict", "mean difference": (name, digits)}
     columns |= {"margin": ("margin", [d.lstrip("+") for d in digits]), "p (differ by the margin)": ("p_equal", ".2g")}
-    columns |= {"p (no difference)": ("p_different", ".2g"), "prompts to decide": "n_needed"}
+    columns |= {"p (no difference)": ("p_different", ".2g"), "prompts needed if equal": "n_needed"}
     shown = equal.assign(n_needed=equal["n_needed"].where(equal["verdict"] == "not decided").astype("Int64").astype(object))
     title = f"As good as {baseline.label}? Within {s.margin:g} standard deviations between {equal['n'].max()} prompts"
     print_table(f"{title}; p corrected by Holm for the whole table", shown, columns)
