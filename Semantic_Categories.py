@@ -152,7 +152,7 @@ def report(s: Settings, study: Study, dipo: Row, baseline: Row, images: pd.DataF
     cells = zip(wins["category"], wins["score"], strict=True)
     wins["paper"] = [PAPER.get(cell) if as_in_paper else None for cell in cells]
     columns = win_columns(f"DIPO {dipo.steps} wins", f"Diffusion-DPO {baseline.steps} wins")
-    columns |= {"mean difference": gap_column(wins), papers(s, PAPER_TERMS): "paper"}
+    columns |= {"mean difference": gap_column(wins), f"{papers(s, PAPER_TERMS)} (prompts of its own)": "paper"}
     title = "Win rates (95 % Wilson intervals) and DIPO's mean score less Diffusion-DPO's (95 % paired bootstrap)"
     short = wins.assign(category=[c if len(c) <= 40 else c[:39] + "…" for c in wins["category"]])
     print_table(title + study.pairs_note(), short, {"category": "category", "score": "score"} | columns)

@@ -262,7 +262,7 @@ def print_equivalence(s: Settings, equal: pd.DataFrame, baseline: Row) -> None:
     print_table(f"{title}; p corrected by Holm for the whole table", shown, columns)
     for score, part in equal[equal["group"] == "DIPO"].groupby("score", sort=False):
         good = part[part["verdict"].isin(("equivalent", "better"))]["steps"]
-        print(f"Fewest steps of DIPO that are no worse by {score}: {good.min() if len(good) else 'not decided'}")
+        print(f"Fewest steps of DIPO shown to be no worse by {score}: {good.min() if len(good) else 'none of these'}")
 
 
 def image_seconds(images: pd.DataFrame) -> dict:
@@ -336,6 +336,8 @@ def main(s: Settings) -> None:
         for model in study.models():
             make_images(model, study)
         there, images = study.results(baseline)
+        if not any(row.group == "DIPO" for row in there):
+            raise cli.UserError(f"--score-only: no images of DIPO in {study.folder}, which the tables need; make them first")
         if study.is_main:
             report(s, study, there, baseline, images)
 

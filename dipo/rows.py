@@ -18,6 +18,7 @@ from dipo.study import Row
 # merged besides the study's own, unless the row has its own dpo_unet too. note: for readers.
 KINDS = {"label": str, "scheduler": str, "options": dict, "steps": int | list, "timesteps": list, "eta": int | float}
 KINDS |= {"guidance_scale": int | float, "timestep_spacing": str, "dpo_unet": str, "dpo_lora": list, "note": str}
+SPACINGS = ("leading", "trailing", "linspace", "ays")
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
@@ -55,6 +56,8 @@ def rows_of(s: StudySettings, **entry) -> list[Row]:
     entry |= {"timesteps": tau, "dpo_lora": loras if {"dpo_lora", "dpo_unet"} & {*entry} else None}
     check_etas("eta", entry.get("eta", 0))
     check_timesteps(tau)
+    if (spacing := entry.get("timestep_spacing", "ays")) not in SPACINGS:
+        raise UserError(f"timestep_spacing: {spacing}: use one of {', '.join(SPACINGS)}")
     rows = []
     for n in [len(tau)] if tau else [steps] if isinstance(steps, int) else steps:
         check_steps("steps", n)
@@ -71,6 +74,8 @@ def checked(row: Row, s: StudySettings) -> Row:
     check_models(own)
     for lora in own.dpo_lora:
         check_lora(lora)
+    if own.timestep_spacing == "ays" and (row.steps > 50 or row.scheduler != "ddim"):
+        raise UserError("timestep_spacing: ays is for 50 steps at most of ddim; give others the timesteps themselves")
     if row.scheduler == "ddim":
         return row
     cls = getattr(diffusers, row.scheduler, None)
@@ -78,6 +83,8 @@ def checked(row: Row, s: StudySettings) -> Row:
         raise UserError(f"scheduler {row.scheduler}: diffusers has no such class; give one, or ddim")
     if unknown := row.options.keys() - inspect.signature(cls.__init__).parameters.keys():
         raise UserError(f"options: {row.scheduler} of diffusers {diffusers.__version__} has no {', '.join(sorted(unknown))}")
+    if row.eta and "eta" not in inspect.signature(cls.step).parameters:
+        raise UserError(f"eta {row.eta}: {row.scheduler} has none; leave it out")
     calls = scheduled(row, SDXL, own.timestep_spacing, row.steps).timesteps
     if not row.timesteps and calls[0] < 1000 - 2.5 * 1000 / row.steps:
         first = f"{row.steps} {own.timestep_spacing} steps would start at t = {calls[0]:.0f} from pure noise"

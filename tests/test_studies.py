@@ -538,6 +538,10 @@ def test_rows_of_distilled_models_are_what_their_authors_say():
         ("- {label: x, steps: 500, scheduler: UniPCMultistepScheduler}", "500 leading steps would start at t = 501"),
         ("- {label: x, steps: 2, dpo_lora: [nothing]}", "x: --dpo-lora 'nothing': no such file"),
         ("- {label: dipo, steps: 20}", "'dipo, 20 steps' is there twice"),
+        ("- {label: x, steps: 2, timestep_spacing: even}", "x: timestep_spacing: even: use one of leading, trailing"),
+        ("- {label: x, steps: 60, timestep_spacing: ays}", "x: timestep_spacing: ays is for 50 steps at most of ddim"),
+        ("- {label: x, steps: 2, timestep_spacing: ays, scheduler: EulerDiscreteScheduler}", "ays is for 50 steps"),
+        ("- {label: x, steps: 2, eta: 0.5, scheduler: EulerDiscreteScheduler}", "eta 0.5: EulerDiscreteScheduler has none"),
     ],
 )
 def test_wrong_rows_end_with_one_line(run, rows, said):
@@ -605,6 +609,10 @@ def test_clipscore_gets_its_columns(copy, run):
     shutil.rmtree(folder / "diffusion-dpo-4")
     code, _, err = run("compare_quality", *flags, "--score-only")
     assert code == 2 and "no images in compare_quality/diffusion-dpo-4, which the tables need" in err
+    shutil.copytree(folder / "diffusion-dpo-6", "only/diffusion-dpo-6")
+    only = (*flags[:2], "--baseline-steps", 6, *flags[5:-1], "only", "--score-only")
+    code, _, err = run("compare_quality", *only)
+    assert code == 2 and "no images of DIPO in only, which the tables need" in err, err
 
 
 @pytest.mark.parametrize("script", SAMPLERS)
