@@ -16,29 +16,10 @@ the same command is given again; more etas add what is missing only. PickScore i
 (near 22), HPSv2 a cosine (near 0.28). To use other models, edit the paths at the top of Settings or pass them as flags.
 """
 
-import itertools
-import math
 from dataclasses import dataclass
-from math import sqrt
 
-import numpy as np
-import pandas as pd
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from matplotlib.figure import Figure
-
-from dipo import cli, stats
-from dipo.batches import Batch
-from dipo.compiled import projected_once
-from dipo.figures import BLUE, GREY, ORANGE, describe, save_plot
-from dipo.files import write_csv
-from dipo.judges import judges_of
-from dipo.loras import merge_loras, read_loras
-from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
-from dipo.settings import StudySettings, check_at_least, check_etas, check_sampling, check_steps, completed, papers
-from dipo.study import Row, Study, open_study
-from dipo.tables import mean_columns, print_table
-from dipo.timesteps import successive
+from dipo import cli
+from dipo.settings import StudySettings
 
 
 @dataclass(kw_only=True)
@@ -68,6 +49,32 @@ class Settings(StudySettings):
     """sets drawn again at eta = 0 with other seeds: how far means move by chance alone"""
     grid_prompts: int = 8
 
+
+# --help and wrong flags end here, before the seconds that the imports below take.
+cli.answer(Settings, __name__, __doc__)
+
+import itertools
+import math
+from math import sqrt
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from matplotlib.figure import Figure
+
+from dipo import stats
+from dipo.batches import Batch
+from dipo.checks import check_at_least, check_etas, check_sampling, check_steps, completed, papers
+from dipo.compiled import projected_once
+from dipo.figures import BLUE, GREY, ORANGE, describe, save_plot
+from dipo.files import write_csv
+from dipo.judges import judges_of
+from dipo.loras import merge_loras, read_loras
+from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
+from dipo.study import Row, Study, open_study
+from dipo.tables import mean_columns, print_table
+from dipo.timesteps import successive
 
 # What --demo sets besides the demo's models, wherever the command line left the default.
 DEMO = {"prompts": "assets/demo/prompts", "limit": 36, "batch_size": 12, "etas": (0.0, 0.25, 0.5, 0.75, 1.0), "redraws": 4}

@@ -17,24 +17,9 @@ command is given again; a larger --limit adds what is missing only. PickScore is
 """
 
 from dataclasses import dataclass
-from math import sqrt
 
-import pandas as pd
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-
-from dipo import cli, stats
-from dipo.batches import Batch
-from dipo.compiled import projected_once
-from dipo.figures import plot_wins, save_plot
-from dipo.files import write_csv
-from dipo.judges import HPSv2, judges_of
-from dipo.loras import merge_loras, read_loras
-from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
-from dipo.settings import StudySettings, check_etas, check_sampling, check_steps, completed, papers
-from dipo.study import Row, Study, eta_label, open_study
-from dipo.tables import gap_column, mean_columns, print_table, win_columns
-from dipo.timesteps import successive
+from dipo import cli
+from dipo.settings import StudySettings
 
 
 @dataclass(kw_only=True)
@@ -64,6 +49,28 @@ class Settings(StudySettings):
     """DIPO's share of the ancestral noise, 0 to 1; Diffusion-DPO's is 1"""
     grid_prompts: int = 8
 
+
+# --help and wrong flags end here, before the seconds that the imports below take.
+cli.answer(Settings, __name__, __doc__)
+
+from math import sqrt
+
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+
+from dipo import stats
+from dipo.batches import Batch
+from dipo.checks import check_etas, check_sampling, check_steps, completed, papers
+from dipo.compiled import projected_once
+from dipo.figures import plot_wins, save_plot
+from dipo.files import write_csv
+from dipo.judges import HPSv2, judges_of
+from dipo.loras import merge_loras, read_loras
+from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
+from dipo.study import Row, Study, eta_label, open_study
+from dipo.tables import gap_column, mean_columns, print_table, win_columns
+from dipo.timesteps import successive
 
 # What --demo sets besides the demo's models, wherever the command line left the default.
 DEMO = {"prompts": "assets/demo/prompts", "limit": 18, "batch_size": 12}

@@ -16,35 +16,13 @@ equivalence.csv, quality.png and .pdf, and grid.png. A stopped run goes on with 
 missing only. "As good as" is tested as equivalence: two one-sided tests within --margin, Holm's correction over the table.
 
 PickScore is 100 times a cosine (near 22), HPSv2 a cosine (near 0.28). Seconds per image are measured after a warm-up, device
-synchronised; decoding is counted apart. To use other models, edit the paths at the top of Settings or pass them as flags.
+synchronised. To use other models, edit the paths at the top of Settings or pass them as flags.
 """
 
-import itertools
-import math
 from dataclasses import dataclass
-from inspect import signature
-from math import sqrt
 
-import numpy as np
-import pandas as pd
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
-
-from dipo import cli, stats
-from dipo.batches import Batch
-from dipo.compiled import projected_once
-from dipo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, describe, save_plot
-from dipo.files import write_csv
-from dipo.judges import Judge, judges_of
-from dipo.loras import merge_loras, read_loras
-from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
-from dipo.rows import read_rows, scheduled
-from dipo.settings import Judges, StudySettings, check_etas, check_sampling, check_steps, completed, papers
-from dipo.study import Row, Study, eta_label, open_study, score_folders
-from dipo.tables import gap_column, mean_columns, print_table, win_columns
-from dipo.timesteps import successive
+from dipo import cli
+from dipo.settings import Judges, StudySettings
 
 
 @dataclass(kw_only=True)
@@ -83,7 +61,36 @@ class Settings(StudySettings):
     """DIPO's share of the ancestral noise, 0 to 1; Diffusion-DPO's is 1"""
 
 
-# What --demo sets besides the demo's models, wherever the command line left the default.
+# --help and wrong flags end here, before the seconds that the imports below take.
+cli.answer(Settings, __name__, __doc__)
+
+import itertools
+import math
+from inspect import signature
+from math import sqrt
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from dipo import stats
+from dipo.batches import Batch
+from dipo.checks import check_etas, check_sampling, check_steps, completed, papers
+from dipo.compiled import projected_once
+from dipo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, describe, save_plot
+from dipo.files import write_csv
+from dipo.judges import Judge, judges_of
+from dipo.loras import merge_loras, read_loras
+from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
+from dipo.rows import read_rows, scheduled
+from dipo.study import Row, Study, eta_label, open_study, score_folders
+from dipo.tables import gap_column, mean_columns, print_table, win_columns
+from dipo.timesteps import successive
+
+# What --demo sets besides the demo's models.
 DEMO = {"prompts": "assets/demo/prompts", "limit": 18, "batch_size": 12, "rows": ("rows/training_free.yaml",)}
 DEMO |= {"baseline_steps": (500,), "output_dir": "generated_images/demo/compare_quality"}
 # What --paper sets: the terms of Table 1 (docs/paper.md).
@@ -177,13 +184,11 @@ def make_images(s: Settings, study: Study) -> None:
 
 def study_rows(s: Settings) -> list[Row]:
     """The rows of Table 1, and those of the files --rows."""
+    kinds = [("dipo", "DIPO", n, s.eta, eta_label(s.eta)) for n in s.steps]
+    kinds += [("diffusion-dpo", "Diffusion-DPO", n, 1.0, "") for n in s.baseline_steps]
     rows = [
-        Row(variant=f"dipo-{n}", label=f"DIPO, {n} steps{eta_label(s.eta)}", steps=n, eta=s.eta, group="DIPO")
-        for n in s.steps
-    ]
-    rows += [
-        Row(variant=f"diffusion-dpo-{n}", label=f"Diffusion-DPO, {n} steps", steps=n, eta=1.0, group="Diffusion-DPO")
-        for n in s.baseline_steps
+        Row(variant=f"{key}-{n}", label=f"{group}, {n} steps{random}", group=group, steps=n, eta=eta)
+        for key, group, n, eta, random in kinds
     ]
     return rows + read_rows(s, rows)
 
@@ -232,7 +237,7 @@ def print_report(s: Settings, study: Study, table: pd.DataFrame, wins: pd.DataFr
     """Quality, times and wins as text."""
     theirs = papers(s, PAPER_TERMS)
     columns = {"sampler": "label", "n": "n"} | mean_columns(study.scores.judges, f"{baseline.steps} steps")
-    columns |= {f"{theirs}: PickScore": ("paper_pickscore", ".4f")}
+    columns[f"{theirs}: PickScore"] = ("paper_pickscore", ".4f")
     print_table("Quality: means over prompts with 95 % bootstrap intervals, paired for differences", table, columns)
     columns = {
         "sampler": "label",
@@ -247,15 +252,14 @@ def print_report(s: Settings, study: Study, table: pd.DataFrame, wins: pd.DataFr
     }
     title = f"Time on {', '.join(table['device'].unique())}; a guided step is two calls, the speed-up counts decoding too"
     print_table(title, table, columns)
-    title = f"Wins over {baseline.label}: same prompts and noise{study.pairs_note()}"
-    print_table(title, wins, {"sampler": "sampler", "score": "score"} | win_columns())
+    columns = {"sampler": "sampler", "score": "score"} | win_columns()
+    print_table(f"Wins over {baseline.label}: same prompts and noise{study.pairs_note()}", wins, columns)
 
 
 def print_equivalence(s: Settings, equal: pd.DataFrame, baseline: Row) -> None:
     """The verdicts as text, and the fewest steps of DIPO that are no worse by each score."""
-    name, digits = gap_column(equal)
-    columns = {"sampler": "sampler", "score": "score", "verdict": "verdict", "mean difference": (name, digits)}
-    columns |= {"margin": ("margin", [d.lstrip("+") for d in digits]), "p (differ by the margin)": ("p_equal", ".2g")}
+    columns = {"sampler": "sampler", "score": "score", "verdict": "verdict", "mean difference": gap_column(equal)}
+    columns |= {"margin": ("margin", ".3g"), "p (differ by the margin)": ("p_equal", ".2g")}
     columns |= {"p (no difference)": ("p_different", ".2g"), "prompts needed if equal": "n_needed"}
     shown = equal.assign(n_needed=equal["n_needed"].where(equal["verdict"] == "not decided").astype("Int64").astype(object))
     title = f"As good as {baseline.label}? Within {s.margin:g} standard deviations between {equal['n'].max()} prompts"
@@ -337,7 +341,7 @@ def main(s: Settings) -> None:
             make_images(model, study)
         there, images = study.results(baseline)
         if not any(row.group == "DIPO" for row in there):
-            raise cli.UserError(f"--score-only: no images of DIPO in {study.folder}, which the tables need; make them first")
+            raise cli.UserError(f"--score-only: no images of DIPO in {study.folder}; make them first")
         if study.is_main:
             report(s, study, there, baseline, images)
 

@@ -14,38 +14,11 @@ so on (each with its settings inside, readable by AUTOMATIC1111's web UI), grid.
 stopped goes on when the same command is given again; a folder holds the images of one set of settings.
 """
 
-import math
-from dataclasses import dataclass, replace
-from math import sqrt
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import pandas as pd
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from tqdm import tqdm
-
 from dipo import cli
-from dipo.batches import Batch, Batches
-from dipo.compiled import projected_once
-from dipo.devices import DTYPES, claimed, dtype_for, start
-from dipo.files import fingerprint, finished_images, lora_names, read_record, writable_folder, write_csv
-from dipo.grids import remove_grids, save_grids
-from dipo.loras import merge_loras, read_loras
-from dipo.models import (
-    decode,
-    encode,
-    fitted,
-    image_settings,
-    load_part,
-    pipeline_class,
-    ready,
-    warn_of_long_prompts,
-)
-from dipo.prompts import one_line, read_prompts
-from dipo.settings import SamplingSettings, check_etas, check_sampling, check_steps, check_timesteps, completed
-from dipo.timesteps import noise_level, subsequence, successive
+from dipo.settings import SamplingSettings
 
 
 @dataclass(kw_only=True)
@@ -75,6 +48,40 @@ class Settings(SamplingSettings):
     negative_prompt: str = ""
     """what to steer away from; empty: SDXL's own unconditional embeddings"""
 
+
+# --help and wrong flags end here, before the seconds that the imports below take.
+cli.answer(Settings, __name__, __doc__)
+
+import math
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from tqdm import tqdm
+
+from dipo.batches import Batch, Batches
+from dipo.checks import check_etas, check_sampling, check_steps, check_timesteps, completed
+from dipo.compiled import projected_once
+from dipo.devices import DTYPES, claimed, dtype_for, start
+from dipo.files import fingerprint, finished_images, lora_names, read_record, writable_folder, write_csv
+from dipo.grids import remove_grids, save_grids
+from dipo.loras import merge_loras, read_loras
+from dipo.models import (
+    decode,
+    encode,
+    fitted,
+    image_settings,
+    load_part,
+    pipeline_class,
+    ready,
+    warn_of_long_prompts,
+)
+from dipo.prompts import one_line, read_prompts
+from dipo.timesteps import noise_level, subsequence, successive
 
 # What --demo sets besides the demo's models, wherever the command line left the default.
 DEMO = {"prompts": "assets/demo/prompts.txt"}

@@ -26,35 +26,10 @@ The output folder gets unet/ (or pytorch_lora_weights.safetensors), settings.yam
 loss.png, validation/ (base above trained, same seeds), TensorBoard's events under tensorboard/, and checkpoints/.
 """
 
-import contextlib
-import math
-import os
-import time
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-import diffusers
-import torch
-import transformers
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from tqdm import tqdm
-
-from dipo import checkpoints, cli, losses, training
-from dipo.annotate import open_data
-from dipo.cache import open_pairs
-from dipo.cli import Stopped, UserError
-from dipo.devices import DTYPES, claimed, on_cpu
-from dipo.files import writable_folder
-from dipo.losses import preference_loss
-from dipo.models import fitted, load_part, pipeline_class, ready
-from dipo.pairs import make_loader, quiet_data
-from dipo.prompts import read_prompts
-from dipo.results import base_pictures, check_upload, plot_metrics, save_result, upload_result, validate
-from dipo.settings import check_models, completed
+from dipo import cli
 
 
 @dataclass(kw_only=True)
@@ -164,7 +139,7 @@ class Settings:
     """upload the result to this hub repository, owner/name (private if new)"""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """what is computed in, over float32 weights"""
         return DTYPES.get(self.mixed_precision, torch.float32)
 
@@ -173,6 +148,38 @@ class Settings:
         """the learning rate after warm-up"""
         return self.learning_rate * (self.effective_batch_size if self.scale_lr else 1)
 
+
+# --help and wrong flags end here, before the seconds that the imports below take.
+cli.answer(Settings, __name__, __doc__)
+
+import contextlib
+import math
+import os
+import time
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from tqdm import tqdm
+
+from dipo import checkpoints, losses, training
+from dipo.annotate import open_data
+from dipo.cache import open_pairs
+from dipo.checks import check_models, completed
+from dipo.cli import Stopped, UserError
+from dipo.devices import DTYPES, claimed, on_cpu
+from dipo.files import writable_folder
+from dipo.losses import preference_loss
+from dipo.models import fitted, load_part, pipeline_class, ready
+from dipo.pairs import make_loader, quiet_data
+from dipo.prompts import read_prompts
+from dipo.results import base_pictures, check_upload, plot_metrics, save_result, upload_result, validate
 
 # What --demo uses instead of the defaults above: sizes for 2 CPU cores, chosen by the annotator's reward on training
 # captions (demo/measure_dpo.py --split train). At beta 5000 and twice this rate the loss rose above ln 2.

@@ -60,6 +60,12 @@ def parse(settings: type, description: str):
         raise
 
 
+def answer(settings: type, module: str, description: str) -> None:
+    """Parse the command line of the script that runs, for what ends there: --help and what is wrong with a flag."""
+    if module == "__main__":
+        parse(settings, description)
+
+
 def run(main, settings: type, description: str, again: str = "the same command goes on") -> None:
     """A script from its command line to its exit code: main(settings). again: how a stopped run is continued.
 

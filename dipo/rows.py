@@ -9,9 +9,10 @@ import yaml
 from diffusers import SchedulerMixin
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import retrieve_timesteps
 
+from dipo.checks import check_etas, check_lora, check_models, check_steps, check_timesteps
 from dipo.cli import UserError, first_line
 from dipo.files import find_path
-from dipo.settings import StudySettings, check_etas, check_lora, check_models, check_steps, check_timesteps
+from dipo.settings import StudySettings
 from dipo.study import Row
 
 # What a file can say of a row; what it leaves out is as the study's settings have it. steps: a row for each. dpo_lora:

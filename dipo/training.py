@@ -18,11 +18,11 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from tqdm import tqdm
 
+from dipo.checks import check_at_least
 from dipo.cli import UserError, warn
 from dipo.devices import on_cpu
 from dipo.losses import STARTS, WITHOUT_REFERENCE
 from dipo.models import Text, text_of
-from dipo.settings import check_at_least
 
 CACHED = ("moments", "prompt_embeds", "pooled_embeds")
 MAX_SKIPPED = 10

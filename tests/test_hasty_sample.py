@@ -20,8 +20,9 @@ from PIL import Image
 
 import hasty_sample
 from dipo import cli
+from dipo.checks import completed
 from dipo.files import read_record
-from dipo.settings import DEMO_PATHS, completed
+from dipo.settings import DEMO_PATHS
 
 SCRIPT = ROOT / "hasty_sample.py"
 FAST = ("--demo", "--num-inference-steps", "4")

@@ -11,10 +11,10 @@ LINES = dict.fromkeys(SAMPLERS, 350) | {"train_dipo": 450, "download_models": 25
 MODULES = sorted(p.stem for p in (ROOT / "dipo").glob("[!_]*.py"))
 # From below: a module imports those of the levels before its own only.
 LEVELS = (
-    ("cli", "stats", "timesteps", "pictures"),
+    ("cli", "settings", "stats", "timesteps", "pictures"),
     ("files", "devices", "imagereward"),
     ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums", "single_file"),
-    ("models", "settings", "hub", "folders", "losses"),
+    ("models", "checks", "hub", "folders", "losses"),
     ("compiled", "judges", "loras", "training", "schemas"),
     ("batches", "scores", "tables", "cache", "results", "pickapic"),
     ("study", "annotate"),
@@ -129,6 +129,16 @@ def test_scripts_start_from_any_folder(name, tmp_path):
     """Without installing anything: the package lies beside them."""
     done = start(sys.executable, ROOT / f"{name}.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and script(name).__doc__.splitlines()[0] in " ".join(done.stdout.split()), done.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_wrong_flags_wait_for_no_library(name, tmp_path):
+    """They are answered where torch and diffusers cannot even be imported, and cost seconds to import."""
+    for library in ("torch", "diffusers", "transformers", "pandas", "matplotlib"):
+        (tmp_path / f"{library}.py").write_text("raise SystemExit(7)")
+    for flag, code, said in (("--help", 0, "usage:"), ("--no-such-flag", 2, "error: Unrecognized options: --no-such-flag")):
+        done = start(sys.executable, ROOT / f"{name}.py", flag, PYTHONPATH=str(tmp_path))
+        assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
 
 
 def test_under_accelerate_launch(tmp_path):

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dipo import loras
+from dipo.checks import check_lora, check_sampling
 from dipo.cli import UserError
 from dipo.files import lora_and_strength, lora_names
 from dipo.loras import diffusers_name, weights_by_name
-from dipo.settings import check_lora, check_sampling
 
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn"
 TEXT = "text_model.encoder.layers.1."

@@ -24,10 +24,11 @@ import Ablation_experiment as ablation
 import compare_quality as cq
 import Human_Preference_compare as human
 from dipo import cli, devices, study
+from dipo.checks import completed, papers
 from dipo.files import read_record
 from dipo.judges import HPSv2, PickScore
 from dipo.scores import Scores
-from dipo.settings import DEMO_PATHS, completed, papers
+from dipo.settings import DEMO_PATHS
 
 # ------------------------------------------------------------------------------------------------------- what comes out
 
@@ -612,7 +613,7 @@ def test_clipscore_gets_its_columns(copy, run):
     shutil.copytree(folder / "diffusion-dpo-6", "only/diffusion-dpo-6")
     only = (*flags[:2], "--baseline-steps", 6, *flags[5:-1], "only", "--score-only")
     code, _, err = run("compare_quality", *only)
-    assert code == 2 and "no images of DIPO in only, which the tables need" in err, err
+    assert code == 2 and "no images of DIPO in only; make them first" in err, err
 
 
 @pytest.mark.parametrize("script", SAMPLERS)
