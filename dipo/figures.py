@@ -58,8 +58,8 @@ def plot_wins(table: pd.DataFrame, by: str, title: str) -> Figure:
             bars = np.maximum([x - 100 * rows[low], 100 * rows[high] - x], 0)
             style = {"fmt": marker, "color": colour, "capsize": 4, "label": label, "zorder": 3}
             axes.errorbar(x, rows.index + shift, xerr=bars, **style)
-        label = "the paper's figure"
-        axes.plot(pd.to_numeric(rows["paper"], errors="coerce"), rows.index - 0.16, "x", color=ORANGE, ms=9, label=label)
+        if (paper := pd.to_numeric(rows["paper"], errors="coerce")).notna().any():
+            axes.plot(paper, rows.index - 0.16, "x", color=ORANGE, markersize=9, label="the paper's figure", zorder=4)
         axes.axvline(50, color="black", linewidth=0.8, linestyle="--")
         axes.set_yticks(rows.index, [f"{plot_text(str(v))}\nn = {n}" for v, n in zip(rows[by], rows["n"], strict=True)])
         axes.set(xlim=(-3, 103), ylim=(len(rows) - 0.5, -0.5))
