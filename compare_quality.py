@@ -8,12 +8,13 @@ ancestral DDPM (eta = 1) on its longer subsequence.
     accelerate launch compare_quality.py --prompts parti --limit 25 --output-dir generated_images/parti_quality
     python compare_quality.py --rows rows/training_free.yaml                   # what else people sample with
     python compare_quality.py --paper --limit 100                              # with the paper's prompts, guidance and seed
-    python compare_quality.py --score-only                                     # tables of the images that are there
+    python compare_quality.py --score-only --votes votes-*.csv                 # tables of the images and votes that are there
     python compare_quality.py --folders generated_images/a generated_images/b  # scores what hasty_sample.py left there
 
 Images come first (a folder of PNGs for each row of the table, settings inside), then scores.csv, table1.csv, wins.csv,
-equivalence.csv, quality.png and .pdf, and grid.png. A stopped run goes on with the same command; more steps add what is
-missing only. "As good as" is tested as equivalence: two one-sided tests within --margin, Holm's correction over the table.
+equivalence.csv, quality.png and .pdf, grid.png, and vote.html, which asks people about two rows (--vote). A stopped run goes
+on with the same command; more steps add what is missing only. "As good as" is tested as equivalence: two one-sided tests
+within --margin, Holm's correction over the table.
 
 PickScore is 100 times a cosine (near 22), HPSv2 a cosine (near 0.28). Seconds per image are measured after a warm-up, device
 synchronised; decoding is counted apart. To use other models, edit the paths at the top of Settings or pass them as flags.
@@ -41,14 +42,15 @@ from dipo.judges import Judge, judges_of
 from dipo.loras import merge_loras, read_loras
 from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
 from dipo.rows import read_rows, scheduled
-from dipo.settings import Judges, StudySettings, check_etas, check_sampling, check_steps, completed, papers
+from dipo.settings import Judges, VoteSettings, check_etas, check_sampling, check_steps, completed, papers
 from dipo.study import Row, Study, eta_label, open_study, score_folders
 from dipo.tables import gap_column, mean_columns, print_table, win_columns
 from dipo.timesteps import successive
+from dipo.votes import ask, asked_rows
 
 
 @dataclass(kw_only=True)
-class Settings(StudySettings):
+class Settings(VoteSettings):
     base_model: str = "stabilityai/stable-diffusion-xl-base-1.0"
     dpo_unet: str = "mhdang/dpo-sdxl-text2image-v1"
     dpo_lora: tuple[str, ...] = ()
@@ -225,6 +227,7 @@ def report(s: Settings, study: Study, rows: list[Row], baseline: Row, images: pd
         write_csv(study.folder / "equivalence.csv", equal),
         save_plot(plot_quality(table, equal, rows, judges, baseline), study.folder / "quality.png", s.demo),
         *study.grid("grid", shown, images),
+        *ask(s, study.folder, images, judges, asked_rows(s, variants, shown[0].variant, baseline.variant)),
     )
 
 
@@ -332,10 +335,11 @@ def main(s: Settings) -> None:
     s = fitted(s)
     rows = study_rows(s)
     baseline = next(r for r in rows if r.group == "Diffusion-DPO")
+    asked = asked_rows(s, [r.variant for r in rows])
     with open_study(s, rows, judges, timing=True) as study:
         for model in study.models():
             make_images(model, study)
-        there, images = study.results(baseline)
+        there, images = study.results(baseline, *(r for r in rows if r.variant in asked))
         if study.is_main:
             report(s, study, there, baseline, images)
 

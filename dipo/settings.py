@@ -134,6 +134,16 @@ class StudySettings(SamplingSettings, JudgePaths):
     """images scored together"""
 
 
+@dataclass(kw_only=True)
+class VoteSettings(StudySettings):
+    """What a study that asks people can be told besides."""
+
+    vote: tuple[str, str] | None = None
+    """the two rows (folders) of pictures that vote.html asks people about"""
+    votes: tuple[str, ...] = ()
+    """CSVs that voters sent back: adds what people say to the tables"""
+
+
 def completed(s, demo: dict, paper: dict | None = None):
     """The settings with what follows from others: a LoRA alone goes on the base model's own UNet, which is said; --demo sets
     DEMO_PATHS and the script's own demo wherever the default was left, and --paper the paper's terms (but not its prompts

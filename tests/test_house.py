@@ -17,7 +17,8 @@ LEVELS = (
     ("models", "settings", "hub", "folders", "losses"),
     ("compiled", "judges", "loras", "training", "schemas"),
     ("batches", "scores", "tables", "cache", "results", "pickapic"),
-    ("study", "annotate"),
+    ("votes", "annotate"),
+    ("study",),
     ("rows",),
 )
 
