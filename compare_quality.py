@@ -8,7 +8,7 @@ ancestral DDPM (eta = 1) on its longer subsequence.
     accelerate launch compare_quality.py --prompts parti --limit 25 --output-dir generated_images/parti_quality
     python compare_quality.py --rows rows/training_free.yaml                   # what else people sample with
     python compare_quality.py --paper --limit 100                              # with the paper's prompts, guidance and seed
-    python compare_quality.py --score-only --votes votes-*.csv                 # tables of the images and votes that are there
+    python compare_quality.py --score-only --votes votes-*.csv                 # tables of images and votes that are there
     python compare_quality.py --folders generated_images/a generated_images/b  # scores what hasty_sample.py left there
 
 Images come first (a folder of PNGs for each row of the table, settings inside), then scores.csv, table1.csv, wins.csv,

@@ -257,7 +257,7 @@ def link_or_copy(path: Path, to: Path) -> None:
 def score_folders(s: StudySettings, judges: list[Judge]) -> None:
     """Score folders of finished images, print their means and win rates of the first one over the others, and ask people
     about two of them."""
-    folders = [str(Path(folder)) for folder in s.folders]
+    folders = [*dict.fromkeys(str(Path(folder)) for folder in s.folders)]
     rows = asked_rows(s, folders, *folders[:2])
     state, device = start(s.device)
     given = s.folder_prompts and read_prompts(s.folder_prompts, s.parti, s.pickapic, "folder-prompts").to_dict("records")

@@ -32,7 +32,7 @@ CHOICES = {"left": 1, "tie": 0, "right": -1}
 
 
 def asked_rows(s, variants: list[str], *default: str) -> tuple[str, ...]:
-    """The two rows that people are asked about, by --vote or by default. UserError for rows or --votes that are not there."""
+    """The two rows that people are asked about, by --vote or default. UserError for rows or --votes that are not there."""
     if missing := [file for file in s.votes if not (find_path(file) or Path()).is_file()]:
         raise UserError(f"--votes {missing[0]}: no such file; give the CSVs that voters sent back")
     rows = tuple(str(Path(v)) for v in s.vote or ())
