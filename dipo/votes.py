@@ -52,10 +52,11 @@ def ask(s, folder: Path, images: pd.DataFrame, judges: list[Judge], rows: tuple[
     a, b = sorted(rows, key=order.index)
     pairs = pairs_of(images, a, b)
     files = [write_page(folder / "vote.html", pairs, a, b)] if len(pairs) else []
+    if not s.votes:
+        return files
     votes = read_votes(s.votes, images)
-    if s.votes and votes.empty:
+    if not (votes["showing"] == "1").any():
         warn("--votes: no vote counts, so there is no table of what people say")
-    if votes.empty:
         return files
     wins, agreement = wins_of(votes), agreement_of(votes, judges)
     theirs = [(paper or {}).get(two) for two in zip(wins["a"], wins["b"], strict=True)]
@@ -117,7 +118,7 @@ def lines_of(file: str) -> pd.DataFrame:
     except (ValueError, csv.Error):
         header, lines = "", []
     if not all(name in header for name in COLUMNS):
-        warn(f"--votes {file}: not a CSV of vote.html; its {len(lines)} lines are left out")
+        warn(f"--votes {file}: not a CSV of vote.html, lines left out: {len(lines)}")
         lines = []
     table = pd.DataFrame(lines, columns=COLUMNS, dtype=object)
     return table.map(lambda x: one_line(without_apostrophe(x)) if isinstance(x, str) else None).assign(file=file)
@@ -136,18 +137,18 @@ def read_votes(files: tuple[str, ...], images: pd.DataFrame) -> pd.DataFrame:
     known = pd.concat([pd.DataFrame(columns=["a", "b", "pair", "pictures"], dtype=object), *pairs])
     table = table.merge(known, on=["a", "b", "pair"], how="left", suffixes=("_seen", ""))
     whole = table["won"].notna() & table["showing"].isin(("1", "2")) & table["voter"].astype(bool)
-    whole &= table["milliseconds"].map(lambda x: str(x).isdecimal())
+    whole &= table["milliseconds"].map(lambda x: str(x).isdecimal()).astype(bool)
     kinds = {
-        "lines are cut short or no votes": ~whole,
-        "votes are on pairs that are not here": table["pictures"].isna(),
-        "votes are on pictures that have changed since": table["pictures"] != table["pictures_seen"],
+        "cut short or no votes": ~whole,
+        "on pairs that are not here": table["pictures"].isna(),
+        "on pictures that have changed since": table["pictures"] != table["pictures_seen"],
     }
     table["kind"] = np.select(list(kinds.values()), list(kinds), "")
     twice = table[table["kind"] == ""].duplicated(["voter", "a", "b", "pair", "showing"])
-    table.loc[twice[twice].index, "kind"] = "votes are there already, by the same voter"
+    table.loc[twice[twice].index, "kind"] = "voted already by the same voter"
     left_out = table[table["kind"] != ""].groupby(["file", "kind"], sort=False).size()
     for (file, kind), n in left_out.items():
-        warn(f"--votes {file}: {n} {kind}; left out")
+        warn(f"--votes {file}: lines left out, {kind}: {n}")
     return table[table["kind"] == ""]
 
 
