@@ -296,9 +296,12 @@ def test_in_a_notebooks_sandbox_the_votes_can_be_copied(open_page, tmp_path):
     tab.route("http://notebook.test/**", serve)
     tab.goto("http://notebook.test/files/vote.html")
     begin(tab, "Ann")
+    shown(tab)
+    assert tab.is_visible("summary")
     vote(tab, three_kinds)
     assert tab.is_visible("#end") and tab.is_visible("#unkept")
     tab.click("summary")
+    tab.wait_for_function("document.querySelector('textarea').value")
     lines = tab.input_value("textarea").splitlines()
     assert len(lines) == 5 and lines[0] == ",".join(votes.COLUMNS)
 
@@ -338,6 +341,7 @@ def test_what_is_shown_tells_no_row_and_a_lost_picture_counts_for_nobody(open_pa
     while tab.is_visible("#voting"):
         shown(tab)
         lost += tab.is_visible("#broken")
+        assert not tab.is_visible("#copy")
         names = "x => [x.alt, x.title, x.getAttribute('aria-label'), x.getAttribute('aria-description')]"
         told.append(tab.inner_text("body") + str(tab.evaluate(f"[...document.querySelectorAll('*')].map({names})")))
         tab.keyboard.press("ArrowLeft")
