@@ -232,9 +232,16 @@ def test_buttons_clicks_and_taps_vote_once(open_page, tmp_path):
     assert lines["choice"].tolist() == ["left", "right", "tie"] and (lines["milliseconds"] >= 0).all()
     tab.get_by_role("button", name="Undo").click()
     assert shown(tab) and tab.text_content("#place") == "3 of 13"
-    # Alt and an arrow is the browser's.
+    # Control and an arrow is the browser's; the second click of two is no choice, though its pictures are there.
     tab.keyboard.press("Control+ArrowRight")
+    tab.mouse.move(600, 300)
+    tab.mouse.down(click_count=2)
+    tab.mouse.up(click_count=2)
     assert tab.text_content("#place") == "3 of 13"
+    # Nor is a key before they are.
+    press = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft', bubbles: true}))"
+    tab.evaluate(f"{press}; {press}")
+    assert shown(tab) and tab.text_content("#place") == "4 of 13"
 
 
 @pytest.mark.parametrize("prompt", [MARKUP, LONG], ids=["markup", "long"])
@@ -583,6 +590,8 @@ def test_the_annotators_csv_is_the_pages(open_page, tmp_path):
     ours = voter.votes("annotator-0", data, [[99, 0]] * 12, np.random.default_rng(0))
     assert ours.columns.tolist() == theirs.columns.tolist() and len(ours) == len(theirs)
     for table in (ours, theirs):
+        again = table[table["pair"].isin(table.loc[table["showing"] == 2, "pair"])]
+        assert sorted(again["left"]) == sorted(ROWS) == sorted({*table["left"]})
         first = table[table["showing"] == 1].sort_values("pair")
         assert first["pictures"].tolist() == [x["fingerprint"] for x in data["pairs"]]
         assert (np.where(table["choice"] == "left", table["left"], table["right"]) == ROWS[0]).all()
