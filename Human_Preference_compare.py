@@ -2,28 +2,29 @@
 
 Base and tuned UNet get the same prompts and initial noise, once under DIPO (DDIM, eta = 0, 50 steps) and once under
 Diffusion-DPO's sampling (ancestral DDPM, eta = 1, 500 steps). HPSv2 and PickScore, models of human preference, say which of
-the two pictures people would choose: no people are asked.
+the two pictures people would choose. vote.html asks people themselves; --votes adds what they said.
 
     python Human_Preference_compare.py --demo                         # the small model in assets/demo, without GPU
     python Human_Preference_compare.py --limit 20                     # SDXL, 20 of our prompts for each category
     python Human_Preference_compare.py --dpo-unet models/dipo --output-dir generated_images/mine       # one of your own
     accelerate launch Human_Preference_compare.py --prompts pickapic --output-dir generated_images/pickapic
     python Human_Preference_compare.py --score-only                   # tables of the images that are there
+    python Human_Preference_compare.py --score-only --votes votes-*.csv    # and of what people said on vote.html
 
 Images come first (a folder of PNGs for each UNet and sampling, settings inside), scores after (scores.csv, image by image),
-then preference.csv, preference.png and .pdf, and grid.png. A run that was stopped at any moment goes on when the same
-command is given again; a larger --limit adds what is missing only. PickScore is 100 times a cosine at its trained scale
+then preference.csv, preference.png and .pdf, grid.png and vote.html. A run that was stopped at any moment goes on when the
+same command is given again; a larger --limit adds what is missing only. PickScore is 100 times a cosine at its trained scale
 (near 22), HPSv2 a cosine (near 0.28). To use other models, edit the paths at the top of Settings or pass them as flags.
 """
 
 from dataclasses import dataclass
 
 from dipo import cli
-from dipo.settings import StudySettings
+from dipo.settings import VoteSettings
 
 
 @dataclass(kw_only=True)
-class Settings(StudySettings):
+class Settings(VoteSettings):
     base_model: str = "stabilityai/stable-diffusion-xl-base-1.0"
     dpo_unet: str = "mhdang/dpo-sdxl-text2image-v1"
     dpo_lora: tuple[str, ...] = ()
@@ -71,6 +72,7 @@ from dipo.models import decode, encode, fitted, load_part, pipeline_class, ready
 from dipo.study import Row, Study, eta_label, open_study
 from dipo.tables import gap_column, mean_columns, print_table, win_columns
 from dipo.timesteps import successive
+from dipo.votes import ask, asked_rows
 
 # What --demo sets besides the demo's models, wherever the command line left the default.
 DEMO = {"prompts": "assets/demo/prompts", "limit": 18, "batch_size": 12}
@@ -161,10 +163,12 @@ def report(s: Settings, study: Study, rows: list[Row], images: pd.DataFrame) -> 
     columns = {"score": "score", "n": "n", "gain under DIPO - under Diffusion-DPO": gap_column(kept)}
     print_table("Does the shorter sampling keep the advantage? Difference of the mean gains, paired", kept, columns)
 
+    paper = {(variants[0], variants[1]): PAPER / 100} if (s.dipo_steps, s.eta) == (50, 0) else {}
     study.finish(
         write_csv(study.folder / "preference.csv", wins),
         save_plot(plot_wins(wins, "sampling", "tuned over base UNet"), study.folder / "preference.png", s.demo),
         *study.grid("grid", rows, images),
+        *ask(s, study.folder, images, judges, asked_rows(s, variants, *variants[:2]), paper),
     )
 
 
@@ -191,6 +195,7 @@ def main(s: Settings) -> None:
         for key, label, steps, eta in samplings
         for unet, own in unets.items()
     ]
+    asked_rows(s, [r.variant for r in rows])
     judges = judges_of(s)
     with open_study(s, rows, judges) as study:
         for model in study.models():

@@ -8,12 +8,12 @@ ancestral DDPM (eta = 1) on its longer subsequence.
     accelerate launch compare_quality.py --prompts parti --limit 25 --output-dir generated_images/parti_quality
     python compare_quality.py --rows rows/training_free.yaml                   # what else people sample with
     python compare_quality.py --paper --limit 100                              # with the paper's prompts, guidance and seed
-    python compare_quality.py --score-only                                     # tables of the images that are there
+    python compare_quality.py --score-only --votes votes-*.csv                 # tables of images and votes that are there
     python compare_quality.py --folders generated_images/a generated_images/b  # scores what hasty_sample.py left there
 
 Images come first (a folder of PNGs for each row of the table, settings inside), then scores.csv, table1.csv, wins.csv,
-equivalence.csv, quality.png and .pdf, and grid.png. A stopped run goes on with the same command; more steps add what is
-missing only. "As good as" is tested as equivalence: two one-sided tests within --margin, Holm's correction over the table.
+equivalence.csv (two one-sided tests within --margin, Holm's correction), quality.png and .pdf, grid.png, and vote.html that
+asks people about two rows (--vote). A stopped run goes on with the same command; more steps add what is missing only.
 
 PickScore is 100 times a cosine (near 22), HPSv2 a cosine (near 0.28). Seconds per image are measured after a warm-up, device
 synchronised. To use other models, edit the paths at the top of Settings or pass them as flags.
@@ -22,11 +22,11 @@ synchronised. To use other models, edit the paths at the top of Settings or pass
 from dataclasses import dataclass
 
 from dipo import cli
-from dipo.settings import Judges, StudySettings
+from dipo.settings import Judges, VoteSettings
 
 
 @dataclass(kw_only=True)
-class Settings(StudySettings):
+class Settings(VoteSettings):
     base_model: str = "stabilityai/stable-diffusion-xl-base-1.0"
     dpo_unet: str = "mhdang/dpo-sdxl-text2image-v1"
     dpo_lora: tuple[str, ...] = ()
@@ -89,6 +89,7 @@ from dipo.rows import read_rows, scheduled
 from dipo.study import Row, Study, eta_label, open_study, score_folders
 from dipo.tables import gap_column, mean_columns, print_table, win_columns
 from dipo.timesteps import successive
+from dipo.votes import ask, asked_rows
 
 # What --demo sets besides the demo's models.
 DEMO = {"prompts": "assets/demo/prompts", "limit": 18, "batch_size": 12, "rows": ("rows/training_free.yaml",)}
@@ -97,11 +98,8 @@ DEMO |= {"baseline_steps": (500,), "output_dir": "generated_images/demo/compare_
 PAPER_TERMS = {"prompts": "parti", "guidance_scale": 5.0, "steps": (20, 30, 50), "baseline_steps": (500, 300, 800)}
 PAPER_TERMS |= {"seed": 42, "one_seed": True, "output_dir": "generated_images/paper/compare_quality"}
 # Table 1 of the paper: PickScore, seconds per image and speed-up as printed (126.28 s / 5.34 s is 23.65).
-PAPER = {
-    ("DIPO", 20, 0): (22.0609, 5.34, 23.80),
-    ("DIPO", 50, 0): (22.3247, 12.87, 9.87),
-    ("Diffusion-DPO", 500, 1): (22.6312, 126.28, 1.00),
-}
+PAPER = {("DIPO", 20, 0): (22.0609, 5.34, 23.80), ("DIPO", 50, 0): (22.3247, 12.87, 9.87)}
+PAPER |= {("Diffusion-DPO", 500, 1): (22.6312, 126.28, 1.00)}
 
 
 @torch.no_grad()
@@ -210,7 +208,7 @@ def report(s: Settings, study: Study, rows: list[Row], baseline: Row, images: pd
     if baseline.steps != 500:
         table["paper_speed_up"] = np.nan
     wins, equal = [], []
-    for row, judge in ((row, judge) for row in rows for judge in judges if row is not baseline):
+    for row, judge in itertools.product([row for row in rows if row is not baseline], judges):
         about, pair = {"sampler": row.label, "score": judge.label}, (images, row.variant, baseline.variant, judge.name)
         wins.append(about | stats.wins(*pair, judge.logit))
         equal.append(about | {"group": row.group, "steps": row.steps} | stats.equivalence(*pair, s.margin))
@@ -230,6 +228,7 @@ def report(s: Settings, study: Study, rows: list[Row], baseline: Row, images: pd
         write_csv(study.folder / "equivalence.csv", equal),
         save_plot(plot_quality(table, equal, rows, judges, baseline), study.folder / "quality.png", s.demo),
         *study.grid("grid", shown, images),
+        *ask(s, study.folder, images, judges, asked_rows(s, variants, shown[0].variant, baseline.variant)),
     )
 
 
@@ -277,8 +276,8 @@ def image_seconds(images: pd.DataFrame) -> dict:
     sampling = stats.mean_interval(sorted(batches["seconds_sampling"]))
     decoding = float(batches["seconds_decoding"].mean())
     times = dict(zip(("seconds_sampling", "seconds_low", "seconds_high"), sampling, strict=True))
-    times |= {"seconds_decoding": decoding, "seconds": sampling[0] + decoding}
-    return times | {"batch_size": size, "batches": len(batches), "device": device}
+    times |= {"seconds_decoding": decoding, "seconds": sampling[0] + decoding, "batch_size": size}
+    return times | {"batches": len(batches), "device": device}
 
 
 def plot_quality(table: pd.DataFrame, equal: pd.DataFrame, rows: list[Row], judges: list[Judge], baseline: Row) -> Figure:
@@ -309,8 +308,8 @@ def plot_quality(table: pd.DataFrame, equal: pd.DataFrame, rows: list[Row], judg
             axes.xaxis.set_minor_formatter(NullFormatter())
             describe(axes, f"{judge.label}, n = {table['n'].iloc[0]} prompts")
         left.set_ylabel(f"less that of {baseline.steps} steps, 95 %", fontsize=12)
-    left.set_xlabel("UNet calls per image, two a guided step (log scale),\nother samplers side by side", fontsize=12)
-    right.set_xlabel("seconds per image, decoding included (log scale),\nother samplers side by side", fontsize=12)
+    for axes, x in ((left, "UNet calls per image, two a guided step"), (right, "seconds per image, decoding included")):
+        axes.set_xlabel(f"{x} (log scale),\nother samplers side by side", fontsize=12)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=11)
     return figure
 
@@ -336,11 +335,12 @@ def main(s: Settings) -> None:
     s = fitted(s)
     rows = study_rows(s)
     baseline = next(r for r in rows if r.group == "Diffusion-DPO")
+    asked = asked_rows(s, [r.variant for r in rows])
     with open_study(s, rows, judges, timing=True) as study:
         for model in study.models():
             make_images(model, study)
-        there, images = study.results(baseline)
-        if not any(row.group == "DIPO" for row in there):
+        there, images = study.results(baseline, *(r for r in rows if r.variant in asked))
+        if "DIPO" not in [row.group for row in there]:
             raise cli.UserError(f"--score-only: no images of DIPO in {study.folder}; make them first")
         if study.is_main:
             report(s, study, there, baseline, images)

@@ -123,3 +123,13 @@ class StudySettings(SamplingSettings, JudgePaths):
     """which of HPSv2's checkpoints"""
     scoring_batch_size: int = 16
     """images scored together"""
+
+
+@dataclass(kw_only=True)
+class VoteSettings(StudySettings):
+    """What a study that asks people can be told besides."""
+
+    vote: tuple[str, str] | None = None
+    """the two rows (folders) of pictures that vote.html asks people about"""
+    votes: tuple[str, ...] = ()
+    """CSVs that voters sent back: adds what people say to the tables"""

@@ -27,6 +27,7 @@ from dipo.scores import Scores
 from dipo.settings import StudySettings
 from dipo.tables import mean_columns, print_table, win_columns
 from dipo.timesteps import subsequence
+from dipo.votes import ask, asked_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +197,8 @@ class Study:
         """Score what lacks a score; the rows that have images, and those images that each of these rows has, so that
         unfinished studies are compared in pairs too.
 
-        The images come with all that their records hold, and the columns variant, name (of the file), path, and each judge's
-        score and logit. Raises UserError where there is none, or none of a row that is needed.
+        The images come with all that their records hold, and the columns variant, name (of the file), path, image (its
+        image_id), and each judge's score and logit. Raises UserError where there is none, or none of a row that is needed.
         """
         self.bar.close()
         clear_device_cache(garbage_collection=True)
@@ -208,7 +209,7 @@ class Study:
         scores = self.scores.complete(made, self.state, self.device, self.s.scoring_batch_size)
         images = pd.DataFrame([{"file": f, "path": self.folder / f} | r for f, r in made.items()])
         images[["variant", "name"]] = images["file"].str.split("/", expand=True)
-        images = images.merge(scores[["file", *self.scores.values]], on="file")
+        images = images.merge(scores[["file", "image", *self.scores.values]], on="file")
         there = [row for row in self.rows if row.variant in set(images["variant"])]
         if missing := [row.variant for row in needed if row not in there]:
             raise UserError(f"--score-only: no images in {self.folder / missing[0]}, which the tables need; make them first")
@@ -253,13 +254,17 @@ def link_or_copy(path: Path, to: Path) -> None:
 
 
 def score_folders(s: StudySettings, judges: list[Judge]) -> None:
-    """Score folders of finished images and print their means, and win rates of the first one over the others."""
+    """Score folders of finished images, print their means and win rates of the first one over the others, and ask people
+    about two of them."""
+    folders = [*dict.fromkeys(str(Path(folder)) for folder in s.folders)]
+    rows = asked_rows(s, folders, *folders[:2])
     state, device = start(s.device)
     given = s.folder_prompts and read_prompts(s.folder_prompts, s.parti, s.pickapic, "folder-prompts").to_dict("records")
-    found, tables = {folder: picture_records(folder, given) for folder in s.folders}, {}
+    found, tables = {folder: picture_records(folder, given) for folder in folders}, {}
     for folder, records in found.items():
         scores = Scores(find_path(folder), judges, dtype_for(s.dtype, device))
-        tables[folder] = scores.complete(records, state, device, s.scoring_batch_size).assign(variant=folder)
+        table = scores.complete(records, state, device, s.scoring_batch_size)
+        tables[folder] = table.assign(variant=folder, path=[scores.folder / file for file in table["file"]])
     state.destroy_process_group()
     if not state.is_main_process:
         return
@@ -276,3 +281,5 @@ def score_folders(s: StudySettings, judges: list[Judge]) -> None:
             print_table(f"Wins of {a} over {b}, {alike}", wins, {"score": "score"} | win_columns())
         else:
             print(f"\n{a} and {b} have nothing in common ({alike}), so there is no win rate")
+    if len(rows) == 2:
+        print("", *ask(s, find_path(rows[0]), images, judges, rows), sep="\n")

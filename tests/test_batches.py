@@ -7,6 +7,7 @@ import Ablation_experiment as ablation
 from dipo import models
 
 FLAGS = ("Ablation_experiment", "--demo", "--limit", 1, "--batch-size", 2, "--num-inference-steps", 3, "--etas", 0, 0.5, 1)
+FLAGS += ("--redraws", 0)
 FLAGS += ("--height", 32, "--width", 32, "--device", "cpu", "--output-dir", "out")
 
 

@@ -692,10 +692,10 @@ def test_the_base_side_of_a_comparison_is_untouched(sdxl, tmp_path):
     module = script("Human_Preference_compare")
     save_file(kohya(factors(sdxl)), tmp_path / "a.safetensors")
     s = replace(demo_settings("Human_Preference_compare", dpo_lora=(str(tmp_path / "a.safetensors"),)), dpo_unet="")
-    study, seen = SimpleNamespace(unfinished=lambda _: True, device=torch.device("cpu"), dtype=torch.float32), []
-    study.batches = lambda pipe, base: seen.append(weights(pipe)) or []
-    for base in (False, True):
-        module.make_images(s, study, base)
+    study, seen = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32), []
+    study.batches = lambda pipe, model: seen.append(weights(pipe)) or []
+    for model in (s, replace(s, dpo_lora=())):
+        module.make_images(model, study)
     tuned, base = seen
     plain = weights(module.load_pipeline(replace(s, dpo_lora=()), study.device, study.dtype))
     assert base.keys() == plain.keys() and all(torch.equal(base[k], v) for k, v in plain.items())

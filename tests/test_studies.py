@@ -46,14 +46,16 @@ FOLDERS = {
 }
 FILES = {
     "compare_quality": [
-        *("equivalence.csv", "grid.png", "quality.pdf", "quality.png", "scores.csv", "table1.csv", "wins.csv"),
+        *("equivalence.csv", "grid.png", "quality.pdf", "quality.png", "scores.csv", "table1.csv", "vote.html", "wins.csv"),
     ],
     "Ablation_experiment": ["eta.csv", "eta.pdf", "eta.png", "fluctuation.csv", "grid.png", "scores.csv"],
     "Semantic_Categories": [
         *("categories.csv", "categories.pdf", "categories.png"),
         *("grid-abstract.png", "grid-landscape.png", "grid-portrait.png", "scores.csv"),
     ],
-    "Human_Preference_compare": ["grid.png", "preference.csv", "preference.pdf", "preference.png", "scores.csv"],
+    "Human_Preference_compare": [
+        *("grid.png", "preference.csv", "preference.pdf", "preference.png", "scores.csv", "vote.html"),
+    ],
 }
 WINS = ["n", "wins", "losses", "ties", "win_rate", "loss_rate", "low", "high", "loss_low", "loss_high", "p"]
 WINS += [f"{k}{end}" for k in ("difference", "probability") for end in ("", "_low", "_high")]
