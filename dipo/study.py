@@ -95,9 +95,13 @@ class Study:
 
     def wanted_images(self, dtype_name: str) -> dict[str, dict]:
         """The settings of every image by its file in the folder."""
-        s, wanted, prompts = self.s, {}, self.prompts.to_dict("records")
+        s, wanted, prompts, known = self.s, {}, self.prompts.to_dict("records"), {}
         for row in self.rows:
-            settings = image_settings(row.of(s), dtype_name)
+            own = row.of(s)
+            models = (own.dpo_unet, own.dpo_lora, own.guidance_scale, own.timestep_spacing)
+            if models not in known:
+                known[models] = image_settings(own, dtype_name)
+            settings = dict(known[models])
             if s.score_only:
                 # Images may have been made on another machine than the one that scores them.
                 del settings["dtype"]
