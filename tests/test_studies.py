@@ -497,7 +497,7 @@ def test_images_that_a_study_beside_has_are_taken(finished, run, tmp_path, monke
 
 def test_a_row_has_its_own_models_guidance_and_timesteps(run, tiny):
     Path("rows.yaml").write_text(
-        f"- {{label: Base, dpo_unet: '', steps: 2, guidance_scale: 1}}\n"
+        f"- {{label: Base, dpo_unet: '', steps: 2, guidance_scale: 1}}\n- {{label: Guided, dpo_unet: '', steps: 2}}\n"
         f"- {{label: Mine, dpo_unet: {tiny / 'unet'}, timesteps: [900, 500, 10], eta: 0.5}}\n"
     )
     flags = ("--steps", 2, "--baseline-steps", 3, "--demo", "--limit", 1, "--rows", "rows.yaml", "--output-dir", "out")
@@ -508,10 +508,11 @@ def test_a_row_has_its_own_models_guidance_and_timesteps(run, tiny):
     assert (mine["dpo_unet"], mine["timesteps"], mine["eta"]) == (str(tiny / "unet"), [900, 500, 10], 0.5)
     assert len({r["weights"] for r in (base, mine, ours)}) == 3
     table = pd.read_csv("out/table1.csv").set_index("variant")
-    assert table["unet_calls"].to_dict() == {"dipo-2": 4, "diffusion-dpo-3": 6, "base-2": 2, "mine-3": 6}
-    assert table["hpsv2"].nunique() == 4
+    assert table["unet_calls"].to_dict() == {"dipo-2": 4, "diffusion-dpo-3": 6, "base-2": 2, "guided-2": 4, "mine-3": 6}
+    # Unguided in truth, not in the record alone.
+    assert table["hpsv2"].nunique() == 5 and abs(table.at["base-2", "hpsv2"] - table.at["guided-2", "hpsv2"]) > 0.01
     code, out, err = run("compare_quality", *flags)
-    assert code == 0 and out.startswith("12 of 12 images"), err
+    assert code == 0 and out.startswith("15 of 15 images"), err
 
 
 def test_rows_of_distilled_models_are_what_their_authors_say():
