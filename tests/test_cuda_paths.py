@@ -2,9 +2,13 @@
 and no numbers. One on another device, of another dtype or shape, or one whose value is asked for, ends the test."""
 
 import contextlib
+import copy
+import functools
 import json
 
+import helpers
 import numpy as np
+import open_clip
 import pytest
 import torch
 import transformers
@@ -16,12 +20,21 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from helpers import SAMPLERS, script
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from helpers import SAMPLERS, script, study_rows
+from PIL import Image
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import compare_quality
+from dipo import judges
 from dipo.batches import Batch
-from dipo.models import decode, encode
+from dipo.imagereward import linear_head
+from dipo.models import decode
+from dipo.rows import scheduled
 from dipo.timesteps import subsequence
 
 aten, GPU = torch.ops.aten, torch.device("cuda:0")
@@ -144,38 +157,45 @@ def faked(module: torch.nn.Module, mode: FakeTensorMode, dtype: torch.dtype, dev
     return apply(module, fake).eval()
 
 
+@functools.cache
+def text_encoder(family, part, mode, dtype):
+    """Nothing changes it."""
+    return faked(real_size(family, part), mode, dtype)
+
+
+@contextlib.contextmanager
+def base_model(module, family: str, mode: FakeTensorMode, **more):
+    """Inside, a script loads this family's parts. more: what is otherwise in the configuration of its unet or vae."""
+    folder = ROOT / "assets/configs" / family
+
+    def load_part(cls, flag, path, subfolder, dtype=None, config_of="", **parts):
+        if subfolder:
+            return faked(real_size(family, subfolder, **more.get(subfolder, {})), mode, dtype)
+        encoders = [p for p in json.loads((folder / "model_index.json").read_text()) if "encoder" in p]
+        parts |= {p: text_encoder(family, p, mode, dtype) for p in encoders}
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(ROOT / "assets/configs/tokenizer")
+        parts |= {p.replace("text_encoder", "tokenizer"): tokenizer for p in encoders}
+        options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        options = options if family == "sd15" else {"add_watermarker": False}
+        return cls(**parts, **options, scheduler=SCHEDULER)
+
+    with pytest.MonkeyPatch.context() as patch, mode:
+        patch.setattr(module, "load_part", load_part)
+        patch.setattr(module, "pipeline_class", lambda _: PIPELINES[family])
+        yield
+
+
 @pytest.fixture(scope="module")
 def loaded(cuda):
-    """A function that has a script's load_pipeline load a family's base model in a dtype, the same one once."""
-    pipes = {}
+    """A function that has a script's load_pipeline load a family in a dtype, once."""
 
+    @functools.cache
     def load(family, dtype, thin=False, name="hasty_sample", force_upcast=True):
-        key = family, dtype, thin, force_upcast
-        own = {"unet": THIN if thin else {}, "vae": {"force_upcast": force_upcast}}
-
-        def load_part(cls, flag, path, subfolder, dtype=None, config_of="", **parts):
-            if subfolder:
-                return made[subfolder]
-            tokenizers = {k.replace("text_encoder", "tokenizer"): tokenizer for k in made if k.startswith("text_encoder")}
-            more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-            more = more if family == "sd15" else {"add_watermarker": False}
-            scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-            return cls(**made | parts, **tokenizers, **more, scheduler=scheduler)
-
-        if key not in pipes:
-            folder = ROOT / "assets/configs" / family
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(ROOT / "assets/configs/tokenizer")
-            index = json.loads((folder / "model_index.json").read_text())
-            made = {p: real_size(family, p, **own.get(p, {})) for p in index if p in ("unet", "vae") or "encoder" in p}
-            made = {p: faked(m, cuda, dtype) for p, m in made.items()}
-            module = script(name)
-            with pytest.MonkeyPatch.context() as patch, cuda:
-                patch.setattr(module, "load_part", load_part)
-                patch.setattr(module, "pipeline_class", lambda _: PIPELINES[family])
-                pipe = module.load_pipeline(module.Settings(), GPU, dtype)
-            pipe.scheduler.alphas_cumprod, pipe.scheduler.final_alpha_cumprod = ALPHA_BAR, float(ALPHA_BAR[0])
-            pipes[key] = pipe
-        return pipes[key]
+        module, more = script(name), {"unet": THIN if thin else {}, "vae": {"force_upcast": force_upcast}}
+        with base_model(module, family, cuda, **more):
+            pipe = module.load_pipeline(module.Settings(), GPU, dtype)
+        pipe.scheduler.alphas_cumprod, pipe.scheduler.final_alpha_cumprod = ALPHA_BAR, float(ALPHA_BAR[0])
+        return pipe
 
     return load
 
@@ -204,3 +224,193 @@ def test_sdxl_in_fp16_from_prompts_to_pictures(loaded):
     assert pipe.vae.dtype == torch.float32 and pipe.unet.dtype == torch.float16
     images = decode(pipe.vae, x)
     assert images.shape == (1, 3, 1024, 1024) and images.dtype == torch.float32 and images.device == GPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sd_1_5_from_prompts_to_pictures(loaded, dtype):
+    pipe = loaded("sd15", dtype)
+    x, watch = sampled(pipe, side=512, prompts=("a red fox", "a lighthouse"))
+    check(x, watch, (2, 4, 64, 64))
+    images = decode(pipe.vae, x)
+    assert pipe.vae.dtype == dtype and images.shape == (2, 3, 512, 512) and images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_step_of_any_script_waits_for_the_gpu(loaded, name):
+    """Two prompts; in bf16, whose range the VAE stands, and as the scripts load it."""
+    pipe = loaded("sdxl", torch.bfloat16, thin=True, name=name)
+    assert pipe.vae.dtype == torch.bfloat16
+    for eta, w in ((0.0, 1.0), (0.0, 5.0), (1.0, 1.0), (1.0, 7.5)):
+        check(*sampled(pipe, name, eta, w, prompts=("a red fox", "a lighthouse")), (2, 4, 128, 128))
+
+
+def test_nor_does_one_where_guidance_begins_or_ends(loaded):
+    pipe = loaded("sdxl", torch.float16, thin=True)
+    rows = []
+    hook = pipe.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    check(*sampled(pipe, steps=4, interval=(0.28, 3.0), negative_prompt="blurry"), (1, 4, 128, 128))
+    hook.remove()
+    assert rows == [1, 2, 2, 1]
+
+
+FREE = {row.variant: row for row in study_rows("rows/training_free.yaml") if row.scheduler != "ddim"}
+# Waits of their own in every step: two draw noise on the CPU, as images have their seeds there, UniPC solves for its weights.
+OWN = {"dpm-solver-2m-sde-karras-20": 1, "euler-ancestral-20": 1, "unipc-karras-20": 4}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_nor_does_one_of_diffusers_schedulers(loaded, cuda, name):
+    pipe = loaded("sdxl", torch.float16, thin=True)
+    with unset_fake_temporarily():
+        scheduler = scheduled(FREE[name], SCHEDULER.config, "leading", 3)
+        if FREE[name].scheduler == "EulerDiscreteScheduler":
+            # It compares them, on the host where they are.
+            scheduler.sigmas = scheduler.sigmas.tolist()
+    scheduler.timesteps = FakeTensor(cuda, scheduler.timesteps.to("meta"), GPU)
+    batch = Watched(pipe, ["a red fox"], 1024)
+    with batch.watch:
+        x = compare_quality.sample_by(pipe, batch, scheduler, 0.0, 5.0)
+    assert len(batch.watch.waits) <= 3 * OWN.get(name, 0)
+    batch.watch.waits.clear()
+    check(x, batch.watch, (1, 4, 128, 128))
+
+
+# ------------------------------------------------------------------------------------------------- what must not go unseen
+
+
+def test_a_layer_left_on_the_cpu_is_seen(loaded, monkeypatch):
+    pipe = loaded("sdxl", torch.float16, thin=True)
+    last = copy.copy(pipe.unet.conv_out)
+    last._parameters = {k: p.cpu() for k, p in last._parameters.items()}
+    monkeypatch.setitem(pipe.unet._modules, "conv_out", last)
+    with pytest.raises(RuntimeError, match="cuda:0"):
+        sampled(pipe)
+
+
+def test_weights_of_another_dtype_are_seen(loaded, monkeypatch):
+    pipe = loaded("sdxl", torch.float16, thin=True)
+    last = copy.copy(pipe.unet.conv_out)
+    last._parameters = {k: p.float() for k, p in last._parameters.items()}
+    monkeypatch.setitem(pipe.unet._modules, "conv_out", last)
+    with pytest.raises(RuntimeError, match="type"):
+        sampled(pipe)
+
+
+# What it does, and the error or the waits in every step that it must be seen by.
+FAULTS = {
+    "a value": (lambda x: x * float(x.abs().max()), "_local_scalar_dense"),
+    "values": (lambda x: x[x != 0], "nonzero"),
+    "noise on the CPU": (lambda x: x + torch.zeros(x.shape), "cuda:0"),
+    "a copy to the CPU and back": (lambda x: x.cpu().to(GPU), 2),
+    "a copy that is not asynchronous": (lambda x: x + torch.zeros(x.shape).half().pin_memory().to(GPU), 1),
+    "a copy of pages that may move": (lambda x: x + torch.zeros(x.shape).half().to(GPU, non_blocking=True), 1),
+    "a tensor of numbers": (lambda x: x * torch.tensor([1, 2, 3, 4], device=GPU).view(1, 4, 1, 1), 1),
+    "an index of numbers": (lambda x: x[[1, 0]], 1),
+    "float64": (lambda x: x.double().half(), 0),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_loop_is_seen(loaded, name):
+    """The UNet's latents go through it in each of three steps."""
+    fault, seen = FAULTS[name]
+    pipe = loaded("sdxl", torch.float16, thin=True)
+    hook = pipe.unet.register_forward_pre_hook(lambda _, inputs: (fault(inputs[0]), *inputs[1:]))
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        stack.callback(hook.remove)
+        if isinstance(seen, str):
+            stack.enter_context(pytest.raises(RuntimeError, match=seen))
+        _, watch = sampled(pipe, steps=3)
+        assert len(watch.waits) == 3 * seen and bool(watch.float64) == (name == "float64")
+
+
+# ----------------------------------------------------------------------------------------------------------------- judges
+
+
+def picture():
+    return Image.new("RGB", (1024, 1024))
+
+
+def clip_judge(judge, config, mode, dtype):
+    """A judge with a random CLIP of this size, and OpenAI's processor."""
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(ROOT / "assets/configs/tokenizer")
+    with torch.device("meta"):
+        judge.model = transformers.CLIPModel(config)
+    judge.processor = transformers.CLIPProcessor(transformers.CLIPImageProcessor(), tokenizer)
+    faked(judge.model, mode, dtype)
+    return judge
+
+
+def vit_h():
+    """laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "num_hidden_layers": 32}
+    vision |= {"patch_size": 14, "hidden_act": "gelu"}
+    return transformers.CLIPConfig(text_config=text | {"hidden_act": "gelu"}, vision_config=vision, projection_dim=1024)
+
+
+def pickscore(mode, dtype, folder):
+    return clip_judge(judges.PickScore("", ""), vit_h(), mode, dtype)
+
+
+def clipscore(mode, dtype, folder):
+    return clip_judge(judges.CLIPScore(""), transformers.CLIPConfig(), mode, dtype)
+
+
+def hpsv2(mode, dtype, folder):
+    judge, precision = judges.HPSv2(""), {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    judge.model = open_clip.create_model("ViT-H-14", precision=precision).eval()
+    judge.size, judge.dtype, tokenize = 224, dtype, open_clip.get_tokenizer("ViT-H-14")
+
+    def known(texts):
+        """Token numbers, which the host knows: the last ones end at 5 and 7."""
+        ids = tokenize(texts)
+        ids.argmax = lambda dim: np.array([5, 7])
+        return ids
+
+    judge.tokenize = known
+    return judge
+
+
+def imagereward(mode, dtype, folder):
+    """By its own loading, of a checkpoint with the real one's names and shapes."""
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    sizes |= {"max_position_embeddings": 512, "vocab_size": 30524}
+    helpers.save_imagereward(folder / "imagereward", folder / "bert")
+    (folder / "imagereward/med_config.json").write_text(json.dumps(helpers.MED | sizes))
+    judge = judges.ImageReward(str(folder / "imagereward"), str(folder / "bert"))
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(helpers, "MED", helpers.MED | sizes)
+        shapes = helpers.imagereward_shapes(width=1024, depth=24, image_size=224)
+        patch.setattr(torch, "load", lambda *_, **__: {k: torch.empty(shape) for k, shape in shapes.items()})
+        judge.load(dtype)
+    for part in ("image", "text"):
+        faked(judge.model[part], mode, dtype)
+    faked(judge.model["head"], mode, torch.float32)
+    return judge
+
+
+def aesthetic(mode, dtype, folder):
+    judge = judges.Aesthetic("", "")
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    with torch.device("meta"):
+        config = transformers.CLIPVisionConfig(**vision, patch_size=14, projection_dim=768)
+        vision, head = transformers.CLIPVisionModelWithProjection(config), linear_head(768)
+    parts = {"image": faked(vision, mode, dtype), "head": faked(head, mode, torch.float32)}
+    judge.model = torch.nn.ModuleDict(parts)
+    return judge
+
+
+# In millions of parameters, as published: CLIP's models in open_clip's table, ImageReward's by its checkpoint.
+JUDGES = {pickscore: 986.1, hpsv2: 986.1, clipscore: 151.3, imagereward: 446.0, aesthetic: 304.0}
+
+
+@pytest.mark.parametrize("make", JUDGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_judge_of_real_size(cuda, make, dtype, tmp_path):
+    with unset_fake_temporarily() if make in (imagereward,) else contextlib.nullcontext():
+        judge = make(cuda, dtype, tmp_path)
+    assert sum(p.numel() for p in judge.model.parameters()) / 1e6 == pytest.approx(JUDGES[make], rel=0.01)
+    judge.to(GPU)
+    scores = judge([picture(), picture(), picture()], ["a red cat", "a dog", "a red cat"])
+    assert scores.shape == (3,) and scores.dtype == torch.float32 and scores.device.type == "cpu"
