@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compare_quality
 import train_dipo
-from dipo import judges, results
+from dipo import judges, results, training
 from dipo.batches import Batch
 from dipo.imagereward import linear_head
 from dipo.models import decode
@@ -43,6 +43,8 @@ from dipo.pairs import random_draws
 from dipo.rows import scheduled
 from dipo.timesteps import subsequence
 
+# copy.deepcopy looks whether a tensor has an address.
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 aten, GPU = torch.ops.aten, torch.device("cuda:0")
 PIPELINES = {"sdxl": StableDiffusionXLPipeline, "sd15": StableDiffusionPipeline}
 # Every kind of layer that SDXL's UNet has at its width, once.
@@ -108,12 +110,12 @@ class Watch(TorchDispatchMode):
         return out
 
     def waits_for(self, f, args, kwargs, results) -> bool:
-        if f == aten.index.Tensor:
+        if f in (aten.index.Tensor, aten.index_put_.default):
             return args[0].device == GPU and any(i is not None and i.device != GPU for i in args[1])
         if f not in (aten._to_copy.default, aten.copy_.default):
             return False
-        source = args[f == aten.copy_.default]
-        asynchronous = kwargs.get("non_blocking", args[2:] == (True,)) and getattr(source, "is_in_pinned_memory", False)
+        source, *more = args[f == aten.copy_.default :]
+        asynchronous = kwargs.get("non_blocking", more == [True]) and getattr(source, "is_in_pinned_memory", False)
         return source.device != results[0].device and not asynchronous
 
 
@@ -230,6 +232,8 @@ def test_sdxl_in_fp16_from_prompts_to_pictures(loaded):
     assert pipe.vae.dtype == torch.float32 and pipe.unet.dtype == torch.float16
     images = decode(pipe.vae, x)
     assert images.shape == (1, 3, 1024, 1024) and images.dtype == torch.float32 and images.device == GPU
+    moments = training.encode_pictures(pipe.vae, torch.zeros(1, 1024, 1024, 3, dtype=torch.uint8))
+    assert moments.shape == (1, 8, 128, 128) and moments.dtype == torch.float32 and moments.device == GPU
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
