@@ -77,12 +77,20 @@ def pinned(x, device=None):
     return x
 
 
+def linear(layer, x):
+    """Linear.forward, whose dtypes FakeTensorMode does not compare."""
+    if x.dtype != layer.weight.dtype and not torch.is_autocast_enabled("cuda"):
+        raise RuntimeError(f"a Linear of type {layer.weight.dtype} was given {x.dtype}")
+    return torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+
 @pytest.fixture(scope="module")
 def cuda():
     """The mode, with what torch leaves out or switches off where there is no CUDA."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Module, "_apply", apply)
         patch.setattr(torch.Tensor, "pin_memory", pinned)
+        patch.setattr(torch.nn.Linear, "forward", linear)
         patch.setattr(FakeTensor, "__deepcopy__", copied, raising=False)
         # Or torch.autocast would do nothing.
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
@@ -98,12 +106,13 @@ def inside(cuda):
 
 
 class Watch(TorchDispatchMode):
-    """Notes what makes the host wait for the GPU (copies that are not asynchronous) and what is float64 there, while on. A
-    value that is asked for is DataDependentOutputException."""
+    """Notes, while on, what makes the host wait for the GPU (copies that are not asynchronous), what is float64 there, and
+    what is computed in half precision outside the UNet. A value that is asked for is an error by itself."""
 
     def __init__(self):
         super().__init__()
-        self.on, self.waits, self.float64, self.calls = False, [], [], 0
+        self.on, self.in_unet, self.calls = False, False, 0
+        self.waits, self.float64, self.half = [], [], []
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -112,6 +121,8 @@ class Watch(TorchDispatchMode):
             self.calls += 1
             results = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
             self.float64 += [f for x in results if x.dtype == torch.float64 and x.device == GPU]
+            arithmetic = f.overloadpacket in (aten.add, aten.sub, aten.mul, aten.div) and not self.in_unet
+            self.half += [f for x in results if arithmetic and x.dtype in (torch.float16, torch.bfloat16)]
             if self.waits_for(f, args, kwargs, results):
                 self.waits.append(f)
         return out
@@ -131,12 +142,18 @@ class Watched(Batch):
 
     def __init__(self, pipe, prompts, side):
         super().__init__(pipe, prompts, list(range(len(prompts))), side, side)
-        self.watch = Watch()
+        self.watch, self.unet = Watch(), pipe.unet
 
     def progress(self, steps):
+        before = self.unet.register_forward_pre_hook(lambda *_: setattr(self.watch, "in_unet", True))
+        after = self.unet.register_forward_hook(lambda *_: setattr(self.watch, "in_unet", False))
         self.watch.on = True
-        yield from steps
-        self.watch.on = False
+        try:
+            yield from steps
+        finally:
+            self.watch.on = False
+            before.remove()
+            after.remove()
 
 
 class Table(np.ndarray):
@@ -225,7 +242,7 @@ def sampled(pipe, name="hasty_sample", eta=1.0, w=5.0, steps=2, side=1024, promp
 
 def check(x, watch, shape):
     assert x.shape == shape and x.dtype == torch.float32 and x.device == GPU
-    assert watch.calls and watch.waits == [] and watch.float64 == []
+    assert watch.calls and watch.waits == [] and watch.float64 == [] and watch.half == []
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling
@@ -306,11 +323,19 @@ def test_a_layer_left_on_the_cpu_is_seen(loaded, monkeypatch):
 
 def test_weights_of_another_dtype_are_seen(loaded, monkeypatch):
     pipe = loaded("sdxl", torch.float16, thin=True)
-    last = copy.copy(pipe.unet.conv_out)
-    last._parameters = {k: p.float() for k, p in last._parameters.items()}
-    monkeypatch.setitem(pipe.unet._modules, "conv_out", last)
-    with pytest.raises(RuntimeError, match="type"):
-        sampled(pipe)
+    for module, name in ((pipe.unet, "conv_out"), (pipe.unet.time_embedding, "linear_2")):
+        layer = copy.copy(getattr(module, name))
+        layer._parameters = {k: p.float() for k, p in layer._parameters.items()}
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="type"):
+            patch.setitem(module._modules, name, layer)
+            sampled(pipe)
+
+
+def test_guidance_in_half_precision_is_seen(loaded, monkeypatch):
+    pipe = loaded("sdxl", torch.float16, thin=True)
+    monkeypatch.setattr(Watched, "noise", lambda batch: torch.zeros(batch.shape, dtype=torch.float16, device=GPU))
+    _, watch = sampled(pipe)
+    assert watch.half
 
 
 # What it does, and the error or the waits in every step that it must be seen by.
