@@ -534,7 +534,8 @@ def check_loss(loss, unet):
     assert {p.dtype for p in unet.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_a_training_step_of_sdxl_at_full_size(accelerator, cuda):
+@pytest.mark.parametrize(("family", "size"), [("sdxl", 1024), ("sd15", 512)])
+def test_a_training_step_at_full_size(accelerator, cuda, family, size):
     """From two pairs of pictures to the loss, in bf16 over float32 weights."""
     accelerator.gradient_accumulation_steps = 1
     dtypes, forward = set(), torch.nn.Conv2d.forward
@@ -546,7 +547,8 @@ def test_a_training_step_of_sdxl_at_full_size(accelerator, cuda):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Conv2d, "forward", conv)
-        loss, unet, reference = trained(training_settings(effective_batch_size=2), accelerator, cuda, Stream(False, 1024))
+        s = training_settings(effective_batch_size=2)
+        loss, unet, reference = trained(s, accelerator, cuda, Stream(False, size), family)
     check_loss(loss, unet)
     assert dtypes == {(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)}
     assert {p.dtype for p in reference.parameters()} == {torch.float32, torch.bfloat16}
