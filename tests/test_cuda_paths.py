@@ -180,11 +180,11 @@ def real_size(family: str, part: str, **more):
         return getattr(transformers, config.architectures[0])(config)
 
 
-def faked(module: torch.nn.Module, mode: FakeTensorMode, dtype: torch.dtype, device="cpu") -> torch.nn.Module:
-    """A module on no device as one of FakeTensorMode."""
+def faked(module: torch.nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> torch.nn.Module:
+    """A module on no device as one of FakeTensorMode on the CPU."""
 
     def fake(x):
-        return FakeTensor(mode, x.to(dtype) if x.is_floating_point() else x, torch.device(device))
+        return FakeTensor(mode, x.to(dtype) if x.is_floating_point() else x, torch.device("cpu"))
 
     return apply(module, fake).eval()
 
@@ -197,7 +197,7 @@ def text_encoder(family, part, mode, dtype):
 
 @contextlib.contextmanager
 def base_model(module, family: str, mode: FakeTensorMode, **more):
-    """Inside, a script loads this family's parts. more: what is otherwise in the configuration of its unet or vae."""
+    """Inside, a script loads this family's parts. more: what differs in the configuration of its unet or vae."""
     folder = ROOT / "assets/configs" / family
 
     def load_part(cls, flag, path, subfolder, dtype=None, config_of="", **parts):
@@ -222,9 +222,9 @@ def loaded(cuda):
     """A function that has a script's load_pipeline load a family in a dtype, once."""
 
     @functools.cache
-    def load(family, dtype, thin=False, name="hasty_sample", force_upcast=True):
-        module, more = script(name), {"unet": THIN if thin else {}, "vae": {"force_upcast": force_upcast}}
-        with base_model(module, family, cuda, **more):
+    def load(family, dtype, thin=False, name="hasty_sample"):
+        module = script(name)
+        with base_model(module, family, cuda, unet=THIN if thin else {}):
             pipe = module.load_pipeline(module.Settings(), GPU, dtype)
         pipe.scheduler.alphas_cumprod, pipe.scheduler.final_alpha_cumprod = ALPHA_BAR, float(ALPHA_BAR[0])
         return pipe
@@ -369,10 +369,6 @@ def test_a_fault_in_the_loop_is_seen(loaded, name):
 # ----------------------------------------------------------------------------------------------------------------- judges
 
 
-def picture():
-    return Image.new("RGB", (1024, 1024))
-
-
 def clip_judge(judge, config, mode, dtype):
     """A judge with a random CLIP of this size, and OpenAI's processor."""
     tokenizer = transformers.CLIPTokenizer.from_pretrained(ROOT / "assets/configs/tokenizer")
@@ -452,7 +448,7 @@ def aesthetic(mode, dtype, folder):
     return judge
 
 
-# In millions of parameters, as published: CLIP's models in open_clip's table, ImageReward's by its checkpoint.
+# In millions of parameters: CLIP's are those of open_clip's table, ImageReward's and the predictor's their encoders' sum.
 JUDGES = {pickscore: 986.1, hpsv2: 986.1, clipscore: 151.3, imagereward: 446.0, aesthetic: 304.0}
 
 
@@ -463,7 +459,7 @@ def test_a_judge_of_real_size(cuda, make, dtype, tmp_path):
         judge = make(cuda, dtype, tmp_path)
     assert sum(p.numel() for p in judge.model.parameters()) / 1e6 == pytest.approx(JUDGES[make], rel=0.01)
     judge.to(GPU)
-    scores = judge([picture(), picture(), picture()], ["a red cat", "a dog", "a red cat"])
+    scores = judge([Image.new("RGB", (1024, 1024))] * 3, ["a red cat", "a dog", "a red cat"])
     assert scores.shape == (3,) and scores.dtype == torch.float32 and scores.device.type == "cpu"
 
 
@@ -497,7 +493,7 @@ class Stream:
     """Pairs without end, as those of a cache or as pictures, which are watched from the second batch on."""
 
     def __init__(self, cached: bool, size: int):
-        self.cached, self.size, self.watch, self.position, self.visits = cached, size, Watch(), {}, 0
+        self.cached, self.size, self.watch, self.position = cached, size, Watch(), {}
 
     def batches(self, n):
         for _ in itertools.count():
@@ -514,7 +510,7 @@ class Stream:
 
 
 def trained(s, accelerator, mode, stream, family="sdxl", **more):
-    """The loss that two batches of train_dipo.py's loop arrive at, through its own loading and wrapping, and its UNet."""
+    """The loss at which train_dipo.py's loop arrives by its own loading and wrapping, its UNet and its reference."""
     with base_model(train_dipo, family, mode, **more):
         pipe = train_dipo.load_models(s, GPU, s.dtype)
         model, optimizer, reference = train_dipo.wrap(s, pipe, accelerator)
