@@ -26,11 +26,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from helpers import SAMPLERS, script, study_rows
 from PIL import Image
-from torch._subclasses.fake_tensor import (
-    FakeTensor,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compare_quality
@@ -530,9 +526,9 @@ def check_loss(loss, unet):
     assert {p.dtype for p in unet.parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.parametrize(("family", "size"), [("sdxl", 1024), ("sd15", 512)])
-def test_a_training_step_at_full_size(accelerator, cuda, family, size):
-    """From two pairs of pictures to the loss, in bf16 over float32 weights."""
+@pytest.mark.parametrize(("family", "size", "lora_rank"), [("sdxl", 1024, 0), ("sdxl", 1024, 64), ("sd15", 512, 0)])
+def test_a_training_step_at_full_size(accelerator, cuda, family, size, lora_rank):
+    """From two pairs of pictures to the loss, in bf16 over float32 weights, or over a LoRA's frozen bf16."""
     accelerator.gradient_accumulation_steps = 1
     dtypes, forward = set(), torch.nn.Conv2d.forward
 
@@ -543,11 +539,13 @@ def test_a_training_step_at_full_size(accelerator, cuda, family, size):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Conv2d, "forward", conv)
-        s = training_settings(effective_batch_size=2)
+        s = training_settings(effective_batch_size=2, lora_rank=lora_rank)
         loss, unet, reference = trained(s, accelerator, cuda, Stream(False, size), family)
     check_loss(loss, unet)
-    assert dtypes == {(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)}
-    assert {p.dtype for p in reference.parameters()} == {torch.float32, torch.bfloat16}
+    frozen = unet if lora_rank else reference
+    assert {p.dtype for p in frozen.parameters()} == {torch.float32, torch.bfloat16}
+    # What autocast computes in, of the weights in float32 too.
+    assert dtypes == {(torch.bfloat16, torch.bfloat16)} | (set() if lora_rank else {(torch.float32, torch.bfloat16)})
 
 
 @pytest.mark.parametrize("lora_rank", [0, 64])
