@@ -294,8 +294,9 @@ def text_of(prompt_embeds: torch.Tensor, pooled_embeds: torch.Tensor | None, hei
     """The Text of pictures of one size in pixels, whole ones."""
     if pooled_embeds is None:
         return Text(prompt_embeds)
-    time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=prompt_embeds.device, dtype=prompt_embeds.dtype)
-    return Text(prompt_embeds, pooled_embeds, time_ids.expand(len(prompt_embeds), -1))
+    # Filled on the device, as a copy from the host would wait for it.
+    sizes = [prompt_embeds.new_full((len(prompt_embeds),), x) for x in (height, width, 0, 0, height, width)]
+    return Text(prompt_embeds, pooled_embeds, torch.stack(sizes, dim=1))
 
 
 @torch.no_grad()

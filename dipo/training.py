@@ -209,10 +209,12 @@ def prepare_batch(pipe: DiffusionPipeline, batch: dict, unconditional: list[torc
     unconditional: the embeddings of a dropped caption."""
     device = pipe.vae.device
     mirrored = batch.get("mirrored")
+    noise, drop = (batch[k].to(device, non_blocking=True) for k in ("posterior_noise", "drop_caption"))
     if "moments" in batch:
         moments, *given = (batch[k].to(device, non_blocking=True) for k in CACHED if k in batch)
         if mirrored is not None:
-            moments = moments[torch.arange(len(moments)), mirrored.long()]
+            mirrored = mirrored.to(device, non_blocking=True).long()
+            moments = moments[torch.arange(len(moments), device=device), mirrored]
         moments = moments.transpose(0, 1).flatten(0, 1)
     else:
         pixels = batch["pixels"]
@@ -221,8 +223,7 @@ def prepare_batch(pipe: DiffusionPipeline, batch: dict, unconditional: list[torc
         moments = encode_pictures(pipe.vae, pixels.transpose(0, 1).flatten(0, 1))
         given = encode_captions(pipe, batch["caption"])
     posterior = DiagonalGaussianDistribution(moments.float())
-    z = posterior.mean + posterior.std * batch["posterior_noise"].transpose(0, 1).flatten(0, 1).to(device)
-    drop = batch["drop_caption"].to(device)
+    z = posterior.mean + posterior.std * noise.transpose(0, 1).flatten(0, 1)
     text, *pooled = (
         torch.where(drop.view(-1, *[1] * (x.ndim - 1)), none, x).repeat(2, *[1] * (x.ndim - 1))
         for x, none in zip(given, unconditional, strict=True)
