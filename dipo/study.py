@@ -279,7 +279,7 @@ def score_folders(s: StudySettings, judges: list[Judge]) -> None:
     a, *others = found
     for b in others:
         both, alike = paired(images, a, b)
-        wins = pd.DataFrame({"score": j.label, **stats.wins(both, a, b, j.name)} for j in judges)
+        wins = pd.DataFrame({"score": j.label, **stats.wins(both, a, b, j.name, j.logit)} for j in judges)
         if wins["n"].any():
             alike += "" if tables[a]["prompt"].is_unique else "; images of one prompt count as independent"
             print_table(f"Wins of {a} over {b}, {alike}", wins, {"score": "score"} | win_columns())

@@ -64,6 +64,7 @@ def test_scoring_a_folder_is_continued_and_not_repeated(score, tmp_path, monkeyp
     make_folder(tmp_path / "b", 10, seed=1)
     code, out, err = score("--folders", "a", "b")
     assert code == 0 and "Wins of a over b, same prompts and seeds" in out and "| HPSv2" in out, err
+    assert "wins: mean probability" in out
     shutil.copy(tmp_path / "b/00003.png", tmp_path / "a/00010.png")
     assert score("--folders", "a")[0] == 0 and len(pd.read_csv(tmp_path / "a/scores.csv")) == 11
 
