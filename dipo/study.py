@@ -133,7 +133,8 @@ class Study:
             self.scores.load_judges()
 
     def take(self) -> int:
-        """Take what is missing from other studies under the same parent folder, as hard links or copies; how many."""
+        """Take what is missing from other studies under the same parent folder that have been scored, as hard links or
+        copies; how many."""
         if not self.missing:
             return 0
         # A setting that is empty and one that an older version did not have are the same.
@@ -143,7 +144,9 @@ class Study:
             return json.dumps([record.get(k) or None for k in keys])
 
         ours = self.folder.absolute()
-        paths = [p for p in ours.parent.glob("*/*/[0-9]*.png") if p.parents[1] != ours]
+        # Where there are scores; beside --output-dir there may be data sets of a million pictures too.
+        studies = [p.parent for p in ours.parent.glob("*/scores.csv") if p.parent != ours]
+        paths = [path for study in studies for path in study.glob("*/[0-9]*.png")]
         there = {key(record): path for path in paths if (record := read_record(path))}
         taken = {f: there[key(r)] for f, r in self.missing.items() if key(r) in there}
         for file, path in taken.items():

@@ -476,6 +476,11 @@ def test_images_that_a_study_beside_has_are_taken(finished, run, tmp_path, monke
     mine = pd.read_csv("studies/kinds/categories.csv").set_index(["category", "score"]).loc[("all", "HPSv2")]
     assert (mine["wins"], mine["difference"]) == (wins["wins"], pytest.approx(wins["difference"]))
 
+    # Folders without scores are not read: they may be anything.
+    shutil.copytree("studies/table1", "data/table1", ignore=shutil.ignore_patterns("scores.csv"))
+    code, out, err = run("Semantic_Categories", *flags, "--output-dir", "data/kinds")
+    assert code == 0 and out.startswith("0 of 12 images are in data/kinds\n"), err
+
     # What differs in one setting is not taken; nor is anything by the study whose tables are of times.
     code, out, err = run("Semantic_Categories", *flags, "--guidance-scale", 3, "--output-dir", "studies/other")
     assert code == 0 and out.startswith("0 of 12 images are in studies/other\n"), err
