@@ -14,13 +14,11 @@ steps with hasty_sample.py. The defaults are the paper's: SDXL 1.0, Pick-a-Pic, 
     accelerate launch --config_file configs/fsdp.yaml train_dipo.py --optimizer adamw --output-dir models/dipo
     accelerate launch --config_file configs/deepspeed_zero2.yaml train_dipo.py --optimizer adamw --output-dir models/dipo
     python train_dipo.py --output-dir models/dipo --resume               # go on after Ctrl-C, SIGTERM or kill -9
+    python train_dipo.py --train-batch-size 4 --dry-run                  # will it fit, how long will it take
     python hasty_sample.py --dpo-unet models/dipo                        # sample the result; --dpo-lora for a LoRA
 
 To use other models or data, edit the paths at the top of Settings or pass them as flags. Data are a hub data set, or files
 with columns that SCHEMAS in dipo/schemas.py knows: Pick-a-Pic's; prompt, chosen, rejected; HPDv2's, HPDv3's, ImageReward's.
-
-SIGTERM and Ctrl-C end a run with a checkpoint. accelerate launch kills its processes 30 seconds after them, which may be too
-soon for all of SDXL; newer versions of torch wait for as many seconds as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
 
 The output folder gets unet/ (or pytorch_lora_weights.safetensors), settings.yaml, README.md (a model card), metrics.csv,
 loss.png, validation/ (base above trained, same seeds), TensorBoard's events under tensorboard/, and checkpoints/.
@@ -65,6 +63,10 @@ class Settings:
     """where everything goes; on storage that all machines share"""
     resume: bool = False
     """go on from the last whole checkpoint in the output folder, if there is one"""
+    dry_run: bool = False
+    """say what a GPU's memory has to hold and how long the run would take, and load nothing"""
+    tflops: float = 400.0
+    """what --dry-run takes a GPU to reach, in 1e12 operations a second; 400 is 40 % of what is stated of an H100 in bf16"""
     cache_dir: str = ""
     """encode pictures and captions once, ahead, into this folder (0.8 MB a pair at 1024 pixels, 1.4 MB with --flip)"""
     max_train_pairs: int | None = None
@@ -164,11 +166,11 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
-from dipo import checkpoints, losses, training
+from dipo import checkpoints, losses, memory, training
 from dipo.annotate import open_data
 from dipo.cache import open_pairs
 from dipo.checks import check_models, completed
@@ -216,7 +218,7 @@ def complete(s: Settings) -> Settings:
     if (s.demo or s.relabel) and not s.cache_dir:
         s = replace(s, cache_dir=str(Path(s.output_dir) / "cache"))
     if s.mixed_precision == "auto":
-        s = replace(s, mixed_precision=training.best_precision(s.device))
+        s = replace(s, mixed_precision="bf16" if s.dry_run else training.best_precision(s.device))
     if s.beta_dpo is None:
         s = replace(s, beta_dpo=(losses.BETAS | (DEMO_BETAS if s.demo else {})).get(s.loss))
     return s
@@ -232,7 +234,8 @@ def open_accelerator(s: Settings, out: Path) -> Accelerator:
         log_with=["tensorboard", "wandb"] if s.wandb else ["tensorboard"],
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
         # A process that encodes or writes keeps the others waiting longer than the ten minutes that NCCL would allow.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        # Weights cast to half precision are used once, so that keeping them for the forward pass only takes memory.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1)), AutocastKwargs(cache_enabled=False)],
     )
     if training.in_parts(accelerator) and s.optimizer != "adamw":
         raise UserError(f"--optimizer {s.optimizer}: does not work on weights in parts (FSDP, DeepSpeed); use adamw")
@@ -274,16 +277,7 @@ def wrap(s: Settings, pipe: DiffusionPipeline, accelerator: Accelerator):
     unet.train()
     if s.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if accelerator.distributed_type == "DEEPSPEED":
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = s.train_batch_size
-        config["gradient_clipping"] = s.max_grad_norm
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif accelerator.is_fsdp2:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    training.set_parts(s, accelerator)
     optimizer = training.make_optimizer(s, [p for p in unet.parameters() if p.requires_grad], s.full_learning_rate)
     model, optimizer = accelerator.prepare(unet, optimizer)
     return model, optimizer, reference
@@ -408,11 +402,13 @@ def main(s: Settings) -> None:
     if s.validation_prompts:
         prompts = list(read_prompts(s.validation_prompts, flag="validation-prompts")["prompt"][:8])
     quiet_data()
-    out = writable_folder(s.output_dir)
+    out = Path(s.output_dir) if s.dry_run else writable_folder(s.output_dir)
     accelerator = open_accelerator(s, out)
     if s.push_to_hub and accelerator.is_main_process:
         check_upload(s.push_to_hub)
     s = fitted(s)
+    if s.dry_run:
+        return accelerator.print(memory.told(s, accelerator))
     with claimed(out, accelerator), training.out_of_memory_told(s.train_batch_size):
         checkpoint, progress = checkpoints.find_progress(s, out, accelerator)
         rows, find = open_data(s, accelerator)

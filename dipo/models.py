@@ -1,6 +1,7 @@
 """Models from a folder, a file or the hub; what their UNet is told of a prompt; pictures from latents."""
 
 import glob
+import inspect
 import re
 import warnings
 from dataclasses import replace
@@ -125,7 +126,7 @@ def fitting_vae(s, pipeline: type) -> str:
     is_sdxl = pipeline is StableDiffusionXLPipeline
     try:
         # What diffusers takes for it where an old file does not say.
-        scale = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae").get("scaling_factor", 0.18215)
+        scale = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")["scaling_factor"]
         own = own_config(AutoencoderKL, s.base_model, "vae")
         wanted = own.get("scaling_factor", scale if is_sdxl and not own else 0.18215)
         if scale != wanted:
@@ -213,12 +214,13 @@ def ready(pipe: DiffusionPipeline, s, device: torch.device, less: str = "--dtype
 
 
 def load_config(cls, flag: str, name: str, base_model: str, subfolder: str) -> dict:
-    """The configuration of one model, from the base model where name is empty; UserError if it is of another class."""
+    """The configuration of one model, from the base model where name is empty, with diffusers' defaults for what it leaves
+    out; UserError if it is of another class."""
     flag, name = (flag, name) if name else ("base-model", base_model)
     config = load_part(cls, flag, name, subfolder, config_of=base_model)
     if config.get("_class_name") != cls.__name__:
         raise UserError(f"--{flag} {name}: holds {config.get('_class_name')}, not the {cls.__name__} that is needed here")
-    return config
+    return {name: p.default for name, p in inspect.signature(cls).parameters.items()} | config
 
 
 def image_size(s) -> tuple[int, int]:

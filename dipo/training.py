@@ -151,6 +151,22 @@ def in_parts(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
 
 
+def set_parts(s, accelerator: Accelerator) -> None:
+    """What FSDP and DeepSpeed have to be told before they take the UNet; without them nothing."""
+    if accelerator.distributed_type == "DEEPSPEED":
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = s.train_batch_size
+        config["gradient_clipping"] = s.max_grad_norm
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        policy = MixedPrecisionPolicy(param_dtype=s.dtype, reduce_dtype=torch.float32, output_dtype=s.dtype)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        # Or every device would add up whole gradients until the optimizer's step.
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+
 def autocast(accelerator: Accelerator):
     """A context for the forward passes. FSDP and DeepSpeed cast by themselves; with autocast around it the reference would
     be computed otherwise."""

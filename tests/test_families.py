@@ -11,12 +11,13 @@ import torch
 import transformers
 from conftest import DEMO, ROOT
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from helpers import PROMPTS, SAMPLERS, demo_settings, latents, load, script
 from original import original_vae, save_original, small_pipeline
 from safetensors.torch import load_file, save_file
 
 from dipo.cli import UserError
-from dipo.models import fitted, load_part
+from dipo.models import fitted, image_size, load_config, load_part
 from dipo.timesteps import ddim_timesteps
 
 KINDS = {
@@ -150,6 +151,25 @@ def test_a_single_file_of_each_kind(folders, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(single_file, "infer_diffusers_model_type", lambda shapes: kinds[family])
     monkeypatch.setitem(single_file.CHECKPOINT_KEY_NAMES, kinds[family], "model.diffusion_model.out.0.weight")
     assert torch.equal(ours(path, 10), ours(folders[kind], 10))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15", "sd21"])
+def test_a_single_file_by_the_shipped_configuration(family, tmp_path):
+    """Which says less than diffusers saves: its defaults count for the rest. The file holds only what tells its kind."""
+    kind, tensors = {"sdxl": "xl_base", "sd15": "v1", "sd21": "v2"}[family], {}
+    width = {"sdxl": 2048, "sd15": 768, "sd21": 1024}[family]
+    for name, shape in {
+        CHECKPOINT_KEY_NAMES[kind]: (320, width) if kind == "v2" else (1280,),
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+        "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
+    }.items():
+        tensors[name] = torch.zeros(shape)
+    save_file(tensors, tmp_path / "model.safetensors")
+    td = script("train_dipo")
+    s = fitted(td.Settings(base_model=str(tmp_path / "model.safetensors"), vae=""))
+    assert load_config(UNet2DConditionModel, "init-unet", "", s.base_model, "unet")["in_channels"] == 4
+    side = 1024 if family == "sdxl" else 512 if family == "sd15" else 768
+    assert image_size(script("hasty_sample").Settings(base_model=s.base_model, dpo_unet="", vae="")) == (side, side)
 
 
 # --------------------------------------------------------------------------------------------------------------- training
