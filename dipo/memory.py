@@ -1,6 +1,7 @@
 """What training takes of a GPU's memory, by part, and how many operations: from configurations alone, on any machine and in
 seconds, under torch's FakeTensorMode, whose tensors have shapes and no numbers."""
 
+import math
 import weakref
 from dataclasses import replace
 from datetime import timedelta
@@ -124,20 +125,23 @@ def predict(s, processes: int = 1, sharded: bool = False) -> Need:
     if s.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     autocast = s.dtype != torch.float32 and not sharded
-    for m in unet.to(s.dtype).modules() if sharded else unet.modules():
-        if autocast and isinstance(m, torch.nn.GroupNorm | torch.nn.LayerNorm):
-            # As autocast does on a GPU, and not on the CPU.
-            m.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    unet = norms_in_float32(unet) if autocast else unet.to(s.dtype)
     mode = FakeTensorMode()
     unet, vae = faked(unet.train(), mode), faked(vae, mode)
     with mode, Tally() as tally:
         gradients, optimizer = step(s, unet, vae, tally, with_reference, autocast)
     need = Need(*own, gradients, optimizer, tally.most - gradients - optimizer, tally.flops / s.train_batch_size)
     if s.optimizer == "adamw8bit":
-        sizes = [p.numel() for p in unet.parameters() if p.requires_grad]
-        # Two bytes a weight, and two float32 for each block of 256; few weights stay as they are.
-        need = need._replace(optimizer=sum(2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n for n in sizes))
+        need = need._replace(optimizer=eight_bit(unet.parameters()))
     return spread(need, unet, processes) if sharded else need
+
+
+def norms_in_float32(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The UNet with norms computed as autocast has them on a GPU, and not on the CPU."""
+    for m in unet.modules():
+        if isinstance(m, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            m.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    return unet
 
 
 def step(s, unet, vae, tally: Tally, with_reference: bool, autocast: bool) -> tuple[int, int]:
@@ -167,6 +171,12 @@ def step(s, unet, vae, tally: Tally, with_reference: bool, autocast: bool) -> tu
         pred = unet(*given, **text.last(rows))[0]
     preference_loss(s.loss, pred, base, noise, s.beta_dpo, s.winner_preserving)[0].backward()
     return gradients, state
+
+
+def eight_bit(parameters) -> int:
+    """Bytes of bitsandbytes' AdamW: of a weight two, of a block of 256 two float32; few weights stay in float32."""
+    sizes = [p.numel() for p in parameters if p.requires_grad]
+    return sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in sizes)
 
 
 def spread(need: Need, unet: UNet2DConditionModel, processes: int) -> Need:

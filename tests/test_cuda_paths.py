@@ -31,10 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compare_quality
 import train_dipo
-from dipo import judges, results, training
+from dipo import judges, memory, results, training
 from dipo.batches import Batch
 from dipo.imagereward import linear_head
-from dipo.models import decode
+from dipo.models import Text, decode
 from dipo.pairs import random_draws
 from dipo.rows import scheduled
 from dipo.timesteps import subsequence
@@ -75,7 +75,7 @@ def pinned(x, device=None):
 
 def linear(layer, x):
     """Linear.forward, whose dtypes FakeTensorMode does not compare."""
-    if x.dtype != layer.weight.dtype and not torch.is_autocast_enabled("cuda"):
+    if x.dtype != layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(f"a Linear of type {layer.weight.dtype} was given {x.dtype}")
     return torch.nn.functional.linear(x, layer.weight, layer.bias)
 
@@ -555,6 +555,35 @@ def test_no_batch_of_cached_pairs_waits_for_the_gpu(accelerator, cuda, lora_rank
     loss, unet, _ = trained(training_settings(lora_rank=lora_rank), accelerator, cuda, stream, unet=THIN)
     check_loss(loss, unet)
     assert stream.watch.calls and stream.watch.waits == [] and stream.watch.float64 == []
+
+
+@pytest.mark.parametrize("lora_rank", [0, 64])
+def test_a_forward_pass_keeps_what_memory_predicts(cuda, monkeypatch, lora_rank):
+    """In bf16 with autocast, whose rules dipo/memory.py follows on the CPU: the same bytes, at the end and at most."""
+
+    def flash(q, k, v, **_):
+        """What a GPU takes for it, which is not there to be asked."""
+        return aten._scaled_dot_product_flash_attention(*(x.to(torch.bfloat16) for x in (q, k, v)))[0]
+
+    def kept(device):
+        with torch.device("meta"):
+            unet = real_size("sdxl", "unet", **THIN)
+            if lora_rank:
+                training.add_lora(training_settings(lora_rank=lora_rank), unet, torch.bfloat16)
+        with unset_fake_temporarily():
+            unet = memory.faked(unet if device == GPU else memory.norms_in_float32(unet), cuda)
+        unet.to(device)
+        given = [torch.zeros(shape, dtype=torch.bfloat16, device=device) for shape in ((2, 77, 2048), (2, 1280), (2, 6))]
+        text = Text(*given).last(2)
+        x = torch.zeros(2, 4, 128, 128, dtype=torch.bfloat16, device=device)
+        with memory.Tally() as tally, torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            out = unet(x, torch.zeros(2, device=device), **text)[0]
+        assert out.requires_grad
+        return tally.now, tally.most, tally.flops
+
+    expected = kept(torch.device("cpu"))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
+    assert kept(GPU) == pytest.approx(expected, rel=1e-3)
 
 
 def test_validation_pictures(accelerator, cuda, tmp_path, monkeypatch):
