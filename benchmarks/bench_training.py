@@ -148,6 +148,12 @@ def our_way(s: Settings, model: str, pairs: Path, folder: Path, batch_size: int,
         validate_every=0,
         max_mse_ratio=1e9,
     )
+    train_only(settings)
+    return pd.read_csv(folder / "metrics.csv")["pairs_per_second"].tolist()
+
+
+def train_only(settings: train_dipo.Settings) -> None:
+    """A run of train_dipo.py that keeps nothing but its metrics."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     with (
@@ -155,7 +161,6 @@ def our_way(s: Settings, model: str, pairs: Path, folder: Path, batch_size: int,
         unittest.mock.patch.object(train_dipo, "save_result"),
     ):
         train_dipo.main(settings)
-    return pd.read_csv(folder / "metrics.csv")["pairs_per_second"].tolist()
 
 
 def pair_flops(model: str) -> float:

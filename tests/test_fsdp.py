@@ -1,0 +1,74 @@
+"""train_dipo.py with FSDP, on two processes of the CPU: the curve of one process, going on after a stop, memory as predicted."""
+
+import re
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+from helpers import start_two
+from safetensors.torch import load_file
+
+import train_dipo as td
+from dipo import memory
+
+# accelerate takes FSDP for GPUs only; torch's own runs on the CPU too.
+DRIVER = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+import train_dipo
+from dipo import cli, memory
+
+opened, train = train_dipo.open_accelerator, train_dipo.train
+
+def sharded(s, out):
+    accelerator = opened(s, out)
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+    assert accelerator.is_fsdp2
+    return accelerator
+
+def watched(s, accelerator, *more):
+    with memory.Tally() as tally:
+        stopped = train(s, accelerator, *more)
+    print("most", accelerator.process_index, tally.most)
+    return stopped
+
+train_dipo.open_accelerator, train_dipo.train = sharded, watched
+cli.run(train_dipo.main, train_dipo.Settings, "")
+"""
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+def test_two_processes_with_fsdp_are_one_without(tmp_path, run, monkeypatch):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    flags = ["--demo", "--device", "cpu", "--effective-batch-size", "16", "--max-train-pairs", "64", "--validate-every", "0"]
+    flags += ["--learning-rate", "1e-4", "--lr-warmup-steps", "0", "--cache-dir", tmp_path / "cache"]
+    steps, half = ("--max-train-steps", "3"), ("--train-batch-size", "4", "--output-dir", tmp_path / "two")
+    first = start_two(tmp_path / "driver", *flags, *half, "--max-train-steps", "2", cwd=tmp_path)
+    then = start_two(tmp_path / "driver", *flags, *half, *steps, "--resume", cwd=tmp_path)
+    assert first.returncode == then.returncode == 0, first.stderr + then.stderr
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    code, _, err = run("train_dipo", *flags, *steps, "--train-batch-size", "8", "--output-dir", "one")
+    assert code == 0, err
+    one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    assert list(two.step) == [1, 2, 3]
+    assert two[["loss", "grad_norm"]].to_numpy() == pytest.approx(one[["loss", "grad_norm"]].to_numpy(), rel=1e-4)
+    one, two = (load_file(tmp_path / f"{name}/unet/diffusion_pytorch_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and max((one[k].float() - two[k].float()).abs().max() for k in one) < 1e-3
+    # Gradients are never whole, though a step adds up two batches: bytes are as predicted on each process.
+    s = td.complete(td.Settings(demo=True, train_batch_size=4, effective_batch_size=16, cache_dir="cache"))
+    need = memory.predict(s, 2, sharded=True)
+    most = [int(x) for x in re.findall(r"most \d (\d+)", first.stdout)]
+    assert most == pytest.approx([need.gradients + need.optimizer + need.activations] * 2, rel=0.12)
