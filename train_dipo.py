@@ -166,7 +166,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
@@ -234,8 +234,13 @@ def open_accelerator(s: Settings, out: Path) -> Accelerator:
         log_with=["tensorboard", "wandb"] if s.wandb else ["tensorboard"],
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
         # A process that encodes or writes keeps the others waiting longer than the ten minutes that NCCL would allow.
-        # Weights cast to half precision are used once, so that keeping them for the forward pass only takes memory.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1)), AutocastKwargs(cache_enabled=False)],
+        # And what would take memory for nothing: weights in half precision, kept after the one time that a forward pass uses
+        # them, and a copy of all gradients for their way to the other processes.
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
+            AutocastKwargs(cache_enabled=False),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
     if training.in_parts(accelerator) and s.optimizer != "adamw":
         raise UserError(f"--optimizer {s.optimizer}: does not work on weights in parts (FSDP, DeepSpeed); use adamw")

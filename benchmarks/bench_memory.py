@@ -12,6 +12,7 @@ import contextlib
 import io
 import math
 import multiprocessing
+import os
 import resource
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -93,6 +94,8 @@ def took(settings: train_dipo.Settings) -> float:
 
 def measured(settings: train_dipo.Settings) -> float:
     """The same of a process of its own; NaN for what does not fit."""
+    # Without which glibc keeps what was freed.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(took, settings).result()
@@ -103,17 +106,19 @@ def measured(settings: train_dipo.Settings) -> float:
 
 def runs(s: Settings, device: torch.device, folder: Path):
     """Each run that is measured: what it is called, its pairs at once, its settings."""
-    keep = {"max_train_steps": 2, "validate_every": 0, "lr_warmup_steps": 0, "output_dir": str(folder / "run")}
+    keep = {"max_train_steps": 2, "validate_every": 0, "lr_warmup_steps": 0}
     if device.type == "cpu":
         for n in s.measured:
-            options = {"effective_batch_size": 2 * n, "train_batch_size": n, "max_train_pairs": 4 * n}
-            yield "demo, in full, AdamW", n, train_dipo.complete(train_dipo.Settings(demo=True, **options | keep))
+            options = {"effective_batch_size": 2 * n, "train_batch_size": n, "max_train_pairs": 4 * n, "device": "cpu"}
+            settings = train_dipo.Settings(demo=True, output_dir=str(folder / f"{n}"), **options | keep)
+            yield "demo, in full, AdamW", n, train_dipo.complete(settings)
         return
     common.random_sdxl(device, torch.float16).save_pretrained(folder / "sdxl")
     bench_training.make_pairs(folder / "pairs.parquet", 4 * max(s.pairs), 1024)
     for kind in ("in full", "in full, AdamW", "LoRA of rank 64"):
         for n in s.pairs:
             options = TRAINING[kind][0] | keep | {"dataset": str(folder / "pairs.parquet"), "effective_batch_size": 2 * n}
+            options["output_dir"] = str(folder / f"{kind}-{n}")
             yield kind, n, training_settings(str(folder / "sdxl"), n, **options)
 
 

@@ -5,7 +5,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DEMO, ROOT
 from PIL import Image
 
 # demo/ has a common.py too: each of both is for the scripts beside it.
@@ -13,6 +13,7 @@ of_demo = sys.modules.pop("common", None)
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "benchmarks")
     import bench_growth
+    import bench_memory
     import bench_sampling
     import bench_training
 
@@ -62,6 +63,20 @@ def test_a_benchmark_runs(module, run):
     if name != "bench_training":
         with Image.open("rows.png") as image:
             image.load()
+
+
+def test_memory_by_part_and_what_a_run_took(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_memory, "TRAINING", {"LoRA of rank 64": ({"lora_rank": 64}, 1)})
+    flags = ("--base-model", "assets/demo/sdxl", "--pairs", 2, "--images", 3, "--measured", "--csv", "rows.csv")
+    code, _, err = run("bench_memory", *flags)
+    assert code == 0, err
+    table = pd.read_csv("rows.csv").set_index("what")
+    assert list(table["at_once"]) == [3, 3, 3, 2] and (table["fits_gib"] == 12).all() and (table["total"] > 0).all()
+    half, full = (bench_memory.sampling(str(DEMO), 3, dtype, dtype) for dtype in ("fp16", "fp32"))
+    assert (2 * half.unet, half.flops) == (full.unet, full.flops)
+    assert full.activations == pytest.approx(2 * half.activations, rel=0.05)
+    [(_, pairs, settings)] = bench_memory.runs(bench_memory.Settings(measured=(2,)), torch.device("cpu"), tmp_path)
+    assert pairs == settings.train_batch_size == 2 and 0 <= bench_memory.took(settings) < 3e9
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """README and docs: every command parses, every link leads somewhere."""
 
+import math
 import re
 import shlex
 import sys
 
+import pandas as pd
 import pytest
 from conftest import ROOT
 from helpers import SCRIPTS, script
@@ -56,3 +58,14 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_is_a_page():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_what_fits_is_what_the_benchmark_predicted():
+    """The tables of docs/scaling.md: GB, and the smallest GPU."""
+    table = pd.read_csv(ROOT / "benchmarks/memory.csv").query("not what.str.startswith('demo')").groupby("what", sort=False)
+    lines = (ROOT / "docs/scaling.md").read_text(encoding="utf-8").splitlines()
+    for what, rows in table:
+        fits = ["" if math.isnan(size) else f" ({size:.0f})" for size in rows["fits_gib"]]
+        cells = [f"{total:.1f}{size}" for total, size in zip(rows["total"], fits, strict=True)]
+        assert f"| {' | '.join([what, *cells])} |" in lines
+    assert len(table) == 12

@@ -1,4 +1,4 @@
-"""train_dipo.py with FSDP, on two processes of the CPU: the curve of one process, going on after a stop, memory as predicted."""
+"""train_dipo.py with FSDP on two processes of the CPU: the curve of one process, resumed too, and memory as predicted."""
 
 import re
 
