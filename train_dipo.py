@@ -156,17 +156,14 @@ cli.answer(Settings, __name__, __doc__)
 
 import contextlib
 import math
-import os
 import time
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
@@ -174,8 +171,8 @@ from dipo import checkpoints, losses, memory, training
 from dipo.annotate import open_data
 from dipo.cache import open_pairs
 from dipo.checks import check_models, completed
-from dipo.cli import Stopped, UserError
-from dipo.devices import DTYPES, claimed, on_cpu
+from dipo.cli import Stopped
+from dipo.devices import DTYPES, claimed
 from dipo.files import writable_folder
 from dipo.losses import preference_loss
 from dipo.models import fitted, load_part, pipeline_class, ready
@@ -218,35 +215,11 @@ def complete(s: Settings) -> Settings:
     if (s.demo or s.relabel) and not s.cache_dir:
         s = replace(s, cache_dir=str(Path(s.output_dir) / "cache"))
     if s.mixed_precision == "auto":
-        s = replace(s, mixed_precision="bf16" if s.dry_run else training.best_precision(s.device))
+        best = training.best_precision(s.device)
+        s = replace(s, mixed_precision="bf16" if s.dry_run and best == "no" else best)
     if s.beta_dpo is None:
         s = replace(s, beta_dpo=(losses.BETAS | (DEMO_BETAS if s.demo else {})).get(s.loss))
     return s
-
-
-def open_accelerator(s: Settings, out: Path) -> Accelerator:
-    """The processes of this launch. UserError where the batch does not divide, or for what FSDP and DeepSpeed cannot do."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    accelerator = Accelerator(
-        cpu=on_cpu(s.device),
-        mixed_precision=s.mixed_precision,
-        gradient_accumulation_steps=training.accumulation_steps(s.effective_batch_size, s.train_batch_size, world),
-        log_with=["tensorboard", "wandb"] if s.wandb else ["tensorboard"],
-        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
-        # A process that encodes or writes keeps the others waiting longer than the ten minutes that NCCL would allow.
-        # And what would take memory for nothing: weights in half precision, kept after the one time that a forward pass uses
-        # them, and a copy of all gradients for their way to the other processes.
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(days=1)),
-            AutocastKwargs(cache_enabled=False),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
-    if training.in_parts(accelerator) and s.optimizer != "adamw":
-        raise UserError(f"--optimizer {s.optimizer}: does not work on weights in parts (FSDP, DeepSpeed); use adamw")
-    if training.in_parts(accelerator) and s.lora_rank:
-        raise UserError(f"--lora-rank {s.lora_rank}: has no use for FSDP or DeepSpeed; launch without their configuration")
-    return accelerator
 
 
 def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
@@ -277,12 +250,12 @@ def wrap(s: Settings, pipe: DiffusionPipeline, accelerator: Accelerator):
     elif s.loss not in losses.WITHOUT_REFERENCE:
         norms = dtype if training.in_parts(accelerator) else torch.float32
         if s.reference == "base":
-            base = load_part(UNet2DConditionModel, "base-model", s.base_model, "unet", torch.float32).to(unet.device)
-        reference = training.make_reference(unet if s.reference == "init" else base, dtype, norms)
+            base = load_part(UNet2DConditionModel, "base-model", s.base_model, "unet", torch.float32)
+        reference = training.make_reference(unet if s.reference == "init" else base, dtype, norms).to(unet.device)
     unet.train()
     if s.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    training.set_parts(s, accelerator)
+    training.set_parts(s, accelerator, unet)
     optimizer = training.make_optimizer(s, [p for p in unet.parameters() if p.requires_grad], s.full_learning_rate)
     model, optimizer = accelerator.prepare(unet, optimizer)
     return model, optimizer, reference
@@ -332,7 +305,8 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
                         # The scaler of fp16 and DeepSpeed leave out such a step by themselves, and have to see it.
                         if math.isfinite(norm) or accelerator.scaler is not None or deepspeed:
                             optimizer.step()
-                    optimizer.zero_grad()
+                    # Set to none, gradients would leave the place where the processes exchange them.
+                    optimizer.zero_grad(set_to_none=False)
                 accuracy = (argument > 0).float() + (argument == 0).float() / 2
                 sums += torch.stack([loss, accuracy.mean(), *(x.mean() for x in errors[:4])]).detach()
                 left_out += torch.stack([batch["ties"], batch["unreadable"].sum()])
@@ -408,12 +382,12 @@ def main(s: Settings) -> None:
         prompts = list(read_prompts(s.validation_prompts, flag="validation-prompts")["prompt"][:8])
     quiet_data()
     out = Path(s.output_dir) if s.dry_run else writable_folder(s.output_dir)
-    accelerator = open_accelerator(s, out)
-    if s.push_to_hub and accelerator.is_main_process:
-        check_upload(s.push_to_hub)
+    accelerator = training.open_accelerator(s, out)
     s = fitted(s)
     if s.dry_run:
-        return accelerator.print(memory.told(s, accelerator))
+        return accelerator.print(memory.told(s, accelerator.num_processes))
+    if s.push_to_hub and accelerator.is_main_process:
+        check_upload(s.push_to_hub)
     with claimed(out, accelerator), training.out_of_memory_told(s.train_batch_size):
         checkpoint, progress = checkpoints.find_progress(s, out, accelerator)
         rows, find = open_data(s, accelerator)

@@ -36,15 +36,15 @@ from dipo.models import decode
 
 # What differs from train_dipo.py's defaults, and over how many GPUs FSDP spreads it.
 TRAINING = {
-    "in full": ({}, 1),
-    "in full, AdamW": ({"optimizer": "adamw"}, 1),
-    "in full, 8-bit AdamW": ({"optimizer": "adamw8bit"}, 1),
-    "in full, no checkpointing": ({"gradient_checkpointing": False}, 1),
-    "in full, no reference (sft, mapo)": ({"loss": "sft"}, 1),
+    "in full": ({}, 0),
+    "in full, AdamW": ({"optimizer": "adamw"}, 0),
+    "in full, 8-bit AdamW": ({"optimizer": "adamw8bit"}, 0),
+    "in full, no checkpointing": ({"gradient_checkpointing": False}, 0),
+    "in full, no reference (sft, mapo)": ({"loss": "sft"}, 0),
     "in full, AdamW, FSDP over 2": ({"optimizer": "adamw"}, 2),
     "in full, AdamW, FSDP over 8": ({"optimizer": "adamw"}, 8),
-    "LoRA of rank 64": ({"lora_rank": 64}, 1),
-    "LoRA of rank 64, no checkpointing": ({"lora_rank": 64, "gradient_checkpointing": False}, 1),
+    "LoRA of rank 64": ({"lora_rank": 64}, 0),
+    "LoRA of rank 64, no checkpointing": ({"lora_rank": 64, "gradient_checkpointing": False}, 0),
 }
 # The type of all parts, and that of the VAE, which is float32 for SDXL's own.
 SAMPLING = {"fp16": ("fp16", "fp16"), "fp16, VAE in float32": ("fp16", "fp32"), "fp32": ("fp32", "fp32")}
@@ -58,7 +58,7 @@ class Settings:
     """pairs trained on at once"""
     images: tuple[int, ...] = (1, 4, 8)
     """images sampled together"""
-    measured: tuple[int, ...] = (8, 64)
+    measured: tuple[int, ...] = (8, 32, 64)
     """pairs at once of the runs that are measured without a GPU"""
     csv: str = "benchmarks/memory.csv"
     """where the rows go, in the place of those that are there; empty: nowhere"""
@@ -113,7 +113,7 @@ def runs(s: Settings, device: torch.device, folder: Path):
             settings = train_dipo.Settings(demo=True, output_dir=str(folder / f"{n}"), **options | keep)
             yield "demo, in full, AdamW", n, train_dipo.complete(settings)
         return
-    common.random_sdxl(device, torch.float16).save_pretrained(folder / "sdxl")
+    common.random_sdxl(torch.device("cpu"), torch.float16).save_pretrained(folder / "sdxl")
     bench_training.make_pairs(folder / "pairs.parquet", 4 * max(s.pairs), 1024)
     for kind in ("in full", "in full, AdamW", "LoRA of rank 64"):
         for n in s.pairs:
@@ -126,7 +126,7 @@ def row(kind: str, at_once: int, need: memory.Need, took: float = math.nan) -> d
     """A row of the table, in GB."""
     sizes = {k: round(v / 1e9, 2) for k, v in need._asdict().items() if k != "flops"}
     total = {"total": round(need.total / 1e9, 2), "measured": round(took / 1e9, 2)}
-    return {"what": kind, "at_once": at_once} | sizes | total | {"fits_gib": min(need.fits, default=math.nan)}
+    return {"what": kind, "at_once": at_once} | sizes | total | {"fits": min(need.fits, default=math.nan)}
 
 
 def main(s: Settings) -> None:
@@ -134,8 +134,8 @@ def main(s: Settings) -> None:
     base = str(find_path(s.base_model))
     for kind, dtypes in SAMPLING.items():
         rows += [row(f"sampling, {kind}", n, sampling(base, n, *dtypes)) for n in s.images]
-    for kind, (more, n) in tqdm(TRAINING.items(), desc="training", leave=False):
-        rows += [row(kind, b, memory.predict(training_settings(base, b, **more), n, n > 1)) for b in s.pairs]
+    for kind, (more, shards) in tqdm(TRAINING.items(), desc="training", leave=False):
+        rows += [row(kind, n, memory.predict(training_settings(base, n, **more), shards)) for n in s.pairs]
     with tempfile.TemporaryDirectory() as name:
         for kind, n, settings in runs(s, device, Path(name)):
             rows.append(row(kind, n, memory.predict(settings), measured(settings)))

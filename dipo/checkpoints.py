@@ -26,7 +26,7 @@ STEP = "step-" + "[0-9]" * 7
 MAY_CHANGE = ("output_dir", "resume", "demo", "max_train_steps", "learning_rate", "scale_lr", "beta_dpo", "weight_decay")
 MAY_CHANGE += ("max_grad_norm", "checkpoint_every", "keep_checkpoints", "validate_every", "validation_prompts", "device")
 MAY_CHANGE += ("max_mse_ratio", "wandb", "save_dtype", "gradient_checkpointing", "lr_warmup_steps", "train_batch_size")
-MAY_CHANGE += ("num_workers", "push_to_hub", "winner_preserving", "lr_scheduler")
+MAY_CHANGE += ("num_workers", "push_to_hub", "winner_preserving", "lr_scheduler", "dry_run", "tflops")
 # Where judges lie; the cache knows which one labelled its pairs.
 MAY_CHANGE += ("pickscore", "pickscore_processor", "hpsv2", "hpsv2_version", "clip")
 # What older versions knew no other of, so that their checkpoints and caches do not say it.

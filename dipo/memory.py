@@ -2,15 +2,14 @@
 seconds, under torch's FakeTensorMode, whose tensors have shapes and no numbers."""
 
 import math
+import os
 import weakref
 from dataclasses import replace
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import transformers
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dipo import training
 from dipo.cli import UserError
 from dipo.losses import WITHOUT_REFERENCE, preference_loss
-from dipo.models import load_config, load_part, local_path, text_of
-from dipo.single_file import config_folder
+from dipo.models import load_config, load_part, text_of
 
 aten = torch.ops.aten
 # torch's, and those of what its attention is called on the CPU.
@@ -30,8 +28,9 @@ FORMULAS = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
-# GPUs that people have, in GiB, and the bytes that CUDA, its libraries and gaps between tensors are taken to need there.
-GPUS, RESERVE = (12, 16, 24, 40, 48, 80), 1.5e9
+# Sizes of GPUs, the bytes in each of their GB that are there to be used, and the bytes that CUDA, its libraries and gaps
+# between tensors are taken to need.
+GPUS, USABLE, RESERVE = (12, 16, 24, 40, 48, 80, 96, 141), 0.94 * 2**30, 1.5e9
 
 
 class Need(NamedTuple):
@@ -51,8 +50,8 @@ class Need(NamedTuple):
 
     @property
     def fits(self) -> list[int]:
-        """The GPUs that have so much, in GiB."""
-        return [size for size in GPUS if self.total + RESERVE <= size * 2**30]
+        """The GPUs that have so much, by their size."""
+        return [size for size in GPUS if self.total + RESERVE <= size * USABLE]
 
 
 class Tally(TorchDispatchMode):
@@ -66,15 +65,14 @@ class Tally(TorchDispatchMode):
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        self.storages.update(dict.fromkeys(storages((args, kwargs))))
         out = f(*args, **kwargs)
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()) not in self.storages:
+        for storage in storages(out):
+            if storage not in self.storages:
                 self.storages[storage] = None
-                if storage._cdata not in before:
-                    weakref.finalize(storage, self.let_go, storage.nbytes())
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.let_go, storage.nbytes())
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
         if f.overloadpacket in FORMULAS:
             self.flops += FORMULAS[f.overloadpacket](*args, **kwargs, out_val=out)
         return out
@@ -83,15 +81,13 @@ class Tally(TorchDispatchMode):
         self.now -= size
 
 
+def storages(tree) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
 def faked(module: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
     """A module on no device (meta) as one of FakeTensorMode on the CPU."""
-    for m in module.modules():
-        for name, p in m._parameters.items():
-            if p is not None:
-                fake = FakeTensor(mode, p.detach(), torch.device("cpu"))
-                m._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
-        m._buffers |= {k: FakeTensor(mode, x, torch.device("cpu")) for k, x in m._buffers.items() if x is not None}
-    return module
+    return module._apply(lambda x: FakeTensor(mode, x, torch.device("cpu")))
 
 
 def bytes_of(*modules: torch.nn.Module | None) -> int:
@@ -103,37 +99,38 @@ def parts(s) -> tuple[UNet2DConditionModel, AutoencoderKL, list[torch.nn.Module]
     unet = load_config(UNet2DConditionModel, "init-unet", s.init_unet, s.base_model, "unet")
     vae = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")
     index = load_part(DiffusionPipeline, "base-model", s.base_model, "")
-    folder, _ = config_folder(local_path(s.base_model) or s.base_model)
+    names = [part for part in index if part.startswith("text_encoder")]
+    # Any class of diffusers reads the configuration of any.
+    configs = [load_part(UNet2DConditionModel, "base-model", s.base_model, part) for part in names]
     with torch.device("meta"):
         encoders = [
-            getattr(transformers, index[part][1])(transformers.CLIPTextConfig.from_pretrained(str(folder), subfolder=part))
-            for part in index
-            if part.startswith("text_encoder")
+            getattr(transformers, index[part][1])(transformers.CLIPTextConfig.from_dict(config))
+            for part, config in zip(names, configs, strict=True)
         ]
         return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae), encoders
 
 
-def predict(s, processes: int = 1, sharded: bool = False) -> Need:
-    """What train_dipo.py needs on each GPU for a batch that adds to the gradients of those before. sharded: FSDP spreads the
-    UNet over so many processes. UserError for models whose configuration cannot be had."""
+def predict(s, shards: int = 0) -> Need:
+    """What train_dipo.py needs on each GPU for a batch that adds to the gradients of those before. shards: how many
+    processes FSDP spreads the UNet over. UserError for models whose configuration cannot be had."""
     unet, vae, encoders = parts(s)
-    with_reference = s.loss not in WITHOUT_REFERENCE
     if s.lora_rank:
         training.add_lora(s, unet, s.dtype)
-    reference = training.make_reference(unet, s.dtype, torch.float32) if with_reference and not s.lora_rank else None
+    separate = s.loss not in WITHOUT_REFERENCE and not s.lora_rank
+    reference = training.make_reference(unet, s.dtype, s.dtype if shards else torch.float32) if separate else None
     own = [bytes_of(unet), bytes_of(reference), bytes_of(*(m.to(s.dtype) for m in (vae, *encoders)))]
     if s.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    autocast = s.dtype != torch.float32 and not sharded
+    autocast = s.dtype != torch.float32 and not shards
     unet = norms_in_float32(unet) if autocast else unet.to(s.dtype)
     mode = FakeTensorMode()
     unet, vae = faked(unet.train(), mode), faked(vae, mode)
     with mode, Tally() as tally:
-        gradients, optimizer = step(s, unet, vae, tally, with_reference, autocast)
+        gradients, optimizer = step(s, unet, vae, tally, autocast)
     need = Need(*own, gradients, optimizer, tally.most - gradients - optimizer, tally.flops / s.train_batch_size)
     if s.optimizer == "adamw8bit":
         need = need._replace(optimizer=eight_bit(unet.parameters()))
-    return spread(need, unet, processes) if sharded else need
+    return spread(need, unet, shards) if shards else need
 
 
 def norms_in_float32(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -144,8 +141,8 @@ def norms_in_float32(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
-def step(s, unet, vae, tally: Tally, with_reference: bool, autocast: bool) -> tuple[int, int]:
-    """A batch as train_dipo.py's loop has it, and the optimizer's step. Returns the bytes of gradients and optimizer."""
+def step(s, unet, vae, tally: Tally, autocast: bool) -> tuple[int, int]:
+    """The optimizer's step, and a batch as train_dipo.py's loop has it. Returns the bytes of gradients and optimizer."""
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -167,7 +164,7 @@ def step(s, unet, vae, tally: Tally, with_reference: bool, autocast: bool) -> tu
     given = noise.to(s.dtype), torch.zeros(rows, dtype=torch.long)
     with torch.autocast("cpu", s.dtype, enabled=autocast, cache_enabled=False):
         with torch.no_grad():
-            base = unet(*given, **text.last(rows))[0] if with_reference else None
+            base = None if s.loss in WITHOUT_REFERENCE else unet(*given, **text.last(rows))[0]
         pred = unet(*given, **text.last(rows))[0]
     preference_loss(s.loss, pred, base, noise, s.beta_dpo, s.winner_preserving)[0].backward()
     return gradients, state
@@ -179,27 +176,28 @@ def eight_bit(parameters) -> int:
     return sum(2 * n + 8 * math.ceil(n / 256) if n >= 4096 else 8 * n for n in sizes)
 
 
-def spread(need: Need, unet: UNet2DConditionModel, processes: int) -> Need:
+def spread(need: Need, unet: UNet2DConditionModel, shards: int) -> Need:
     """The same with FSDP: a share of weights, gradients and AdamW's state, in float32; whole, in half precision and with
-    gradients, what is in no transformer's block, and two of these blocks."""
+    gradients, what is in no transformer's block, and two of these blocks. At the start there is the whole UNet."""
     blocks = [m for m in unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
     whole = bytes_of(unet) - bytes_of(*blocks) + 2 * max(map(bytes_of, blocks))
-    share = need.unet // processes
-    return need._replace(unet=share, gradients=share, optimizer=2 * share, activations=need.activations + 2 * whole)
+    share = need.unet // shards
+    most = max(need.activations + 2 * whole, need.unet - 4 * share)
+    return need._replace(unet=share, gradients=share, optimizer=2 * share, activations=most)
 
 
-def told(s, accelerator: Accelerator) -> str:
+def told(s, processes: int) -> str:
     """What --dry-run says: memory by part, the GPUs that have it, operations and time. UserError for DeepSpeed."""
-    if accelerator.distributed_type == "DEEPSPEED":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise UserError("--dry-run: knows FSDP (configs/fsdp.yaml), not DeepSpeed; launch without its configuration")
-    n = accelerator.num_processes
-    need = predict(s, n, sharded=training.in_parts(accelerator))
+    need = predict(s, processes if training.fsdp_is_asked() else 0)
     held = [f"{k.replace('_', ' ')} {v / 1e9:.3g}" for k, v in need._asdict().items() if k != "flops" and v]
-    seconds = need.flops * s.effective_batch_size * s.max_train_steps / n / (s.tflops * 1e12)
+    days = need.flops * s.effective_batch_size * s.max_train_steps / processes / (s.tflops * 1e12) / 86400
+    fits = f"GPUs of {', '.join(map(str, need.fits))}" if need.fits else f"no GPU of up to {GPUS[-1]}"
     return (
-        f"predicted, not measured: {s.train_batch_size} pairs at once on {n} GPU, --mixed-precision {s.mixed_precision}\n"
-        f"{need.total / 1e9:.3g} GB on each: {', '.join(held)}\n"
-        f"with {RESERVE / 1e9} GB for CUDA itself fits GPUs of {', '.join(map(str, need.fits)) or 'more than 80'} GB\n"
+        f"predicted, not measured: --train-batch-size {s.train_batch_size}, --mixed-precision {s.mixed_precision}, "
+        f"processes: {processes}\n{need.total / 1e9:.3g} GB on each: {', '.join(held)}\n"
+        f"with {RESERVE / 1e9} GB for CUDA itself fits {fits} GB\n"
         f"{need.flops / 1e12:.3g} TFLOP a pair; {s.max_train_steps} steps of {s.effective_batch_size} pairs take "
-        f"{timedelta(seconds=round(seconds))} at {s.tflops:g} TFLOP/s on each (--tflops)"
+        f"{days:.3g} days at {s.tflops:g} TFLOP/s on each (--tflops)"
     )

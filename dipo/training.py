@@ -1,8 +1,9 @@
 """What training does besides the step: checks of its settings, the models of both sides, batches for them, alarms."""
 
 import contextlib
-import copy
 import math
+import os
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import pandas as pd
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import is_wandb_available
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    is_wandb_available,
+)
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
@@ -33,7 +41,7 @@ def check_training(s) -> None:
     check_at_least(s, max_train_steps=1, effective_batch_size=1, train_batch_size=1, lr_warmup_steps=0, lora_rank=0)
     check_at_least(s, shuffle_buffer=1, num_workers=0, checkpoint_every=1, keep_checkpoints=1, validate_every=0)
     check_at_least(s, max_train_pairs=1, seed=0, resolution=8)
-    numbers = ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio", "lora_alpha")
+    numbers = ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio", "lora_alpha", "tflops")
     rules = [(x, getattr(s, x) is None or 0 < getattr(s, x) < math.inf, "use a finite number above 0") for x in numbers]
     mu, tied = s.winner_preserving, s.init_unet and not s.lora_rank and s.loss not in WITHOUT_REFERENCE
     rules += [
@@ -46,7 +54,11 @@ def check_training(s) -> None:
         ("winner_preserving", mu is None or 0 <= mu <= 1, "use 0 to 1"),
         ("winner_preserving", mu is None or s.loss != "sft", "sft trains on winners only; leave it out"),
         ("reference", s.reference == "init" or tied, "needs --init-unet, a loss that has a reference, and no --lora-rank"),
-        ("optimizer", s.optimizer != "adamw8bit" or find_spec("bitsandbytes"), "not installed; pip install bitsandbytes"),
+        (
+            "optimizer",
+            s.optimizer != "adamw8bit" or find_spec("bitsandbytes") or s.dry_run,
+            "not installed; pip install bitsandbytes",
+        ),
         ("wandb", not s.wandb or is_wandb_available(), "not installed; pip install wandb"),
     ]
     for name, fine, advice in rules:
@@ -66,6 +78,32 @@ def result_flags(s, name: str) -> str:
     if not s.lora_rank:
         return f"--dpo-unet {name}"
     return f"--dpo-unet {s.init_unet} --dpo-lora {name}" if s.init_unet else f"--dpo-lora {name}"
+
+
+def open_accelerator(s, out: Path) -> Accelerator:
+    """The processes of this launch. UserError where the batch does not divide, or for what FSDP and DeepSpeed cannot do."""
+    steps = accumulation_steps(s.effective_batch_size, s.train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
+    accelerator = Accelerator(
+        cpu=on_cpu(s.device),
+        mixed_precision=s.mixed_precision,
+        log_with=["tensorboard", "wandb"] if s.wandb else ["tensorboard"],
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
+        # FSDP would add up whole gradients on each device.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps, sync_each_batch=fsdp_is_asked()),
+        kwargs_handlers=[
+            # A process that encodes or writes keeps the others waiting longer than the ten minutes that NCCL would allow.
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
+            # Weights cast to half precision, which a forward pass in training uses once, would be kept to its end.
+            AutocastKwargs(cache_enabled=False),
+            # And all gradients be there twice, once on their way to the other processes.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    if in_parts(accelerator) and s.optimizer != "adamw":
+        raise UserError(f"--optimizer {s.optimizer}: does not work on weights in parts (FSDP, DeepSpeed); use adamw")
+    if in_parts(accelerator) and s.lora_rank:
+        raise UserError(f"--lora-rank {s.lora_rank}: has no use for FSDP or DeepSpeed; launch without their configuration")
+    return accelerator
 
 
 def accumulation_steps(effective_batch_size: int, train_batch_size: int, processes: int) -> int:
@@ -123,11 +161,12 @@ def make_reference(unet: UNet2DConditionModel, dtype: torch.dtype, norms: torch.
     """A frozen copy with its norms in one precision and all else in dtype. With the precision in which the model's own
     norms are computed (float32 under autocast, dtype where FSDP or DeepSpeed cast everything) the two agree to the last
     bit, so that training starts with a loss of ln 2."""
-    reference = copy.deepcopy(unet).requires_grad_(False).eval().to(norms)
-    for module in reference.modules():
-        if not isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
-            for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, torch.nn.Parameter(p.to(dtype), requires_grad=False))
+    with torch.device("meta"):
+        reference = type(unet).from_config(unet.config).eval()
+    for source, copy in zip(unet.modules(), reference.modules(), strict=True):
+        kind = norms if isinstance(source, torch.nn.GroupNorm | torch.nn.LayerNorm) else dtype
+        for name, p in source.named_parameters(recurse=False):
+            setattr(copy, name, torch.nn.Parameter(p.detach().to(kind, copy=True), requires_grad=False))
     return reference
 
 
@@ -151,8 +190,13 @@ def in_parts(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
 
 
-def set_parts(s, accelerator: Accelerator) -> None:
-    """What FSDP and DeepSpeed have to be told before they take the UNet; without them nothing."""
+def fsdp_is_asked() -> bool:
+    """Whether accelerate launch was given FSDP, which it takes on GPUs only."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def set_parts(s, accelerator: Accelerator, unet: UNet2DConditionModel) -> None:
+    """What those who spread a step over several processes want before they take the UNet."""
     if accelerator.distributed_type == "DEEPSPEED":
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = s.train_batch_size
@@ -163,8 +207,10 @@ def set_parts(s, accelerator: Accelerator) -> None:
 
         policy = MixedPrecisionPolicy(param_dtype=s.dtype, reduce_dtype=torch.float32, output_dtype=s.dtype)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-        # Or every device would add up whole gradients until the optimizer's step.
-        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    elif accelerator.num_processes > 1:
+        # Which DistributedDataParallel takes for the place of the gradients that it exchanges; else it has that besides.
+        for p in unet.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
 
 
 def autocast(accelerator: Accelerator):
@@ -201,10 +247,11 @@ def clip(accelerator: Accelerator, parameters: list[torch.nn.Parameter], max_nor
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean and log variance of the VAE's posterior, (N, 8, H/8, W/8) in its dtype, of uint8 pictures (N, H, W, 3), one at
-    a time to bound memory."""
+    """Mean and log variance of the VAE's posterior, (N, 8, H/8, W/8) in its dtype, of uint8 pictures (N, H, W, 3). To bound
+    memory, only as many are encoded together as have the area of one SDXL image."""
     x = pixels.to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
-    return torch.cat([vae.encode(picture[None]).latent_dist.parameters for picture in x])
+    together = max(1, 1024 * 1024 // (x.shape[-2] * x.shape[-1]))
+    return torch.cat([vae.encode(pictures).latent_dist.parameters for pictures in x.split(together)])
 
 
 @torch.no_grad()

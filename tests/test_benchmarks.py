@@ -66,12 +66,12 @@ def test_a_benchmark_runs(module, run):
 
 
 def test_memory_by_part_and_what_a_run_took(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_memory, "TRAINING", {"LoRA of rank 64": ({"lora_rank": 64}, 1)})
+    monkeypatch.setattr(bench_memory, "TRAINING", {"LoRA of rank 64": ({"lora_rank": 64}, 0)})
     flags = ("--base-model", "assets/demo/sdxl", "--pairs", 2, "--images", 3, "--measured", "--csv", "rows.csv")
     code, _, err = run("bench_memory", *flags)
     assert code == 0, err
     table = pd.read_csv("rows.csv").set_index("what")
-    assert list(table["at_once"]) == [3, 3, 3, 2] and (table["fits_gib"] == 12).all() and (table["total"] > 0).all()
+    assert list(table["at_once"]) == [3, 3, 3, 2] and (table["fits"] == 12).all() and (table["total"] > 0).all()
     half, full = (bench_memory.sampling(str(DEMO), 3, dtype, dtype) for dtype in ("fp16", "fp32"))
     assert (2 * half.unet, half.flops) == (full.unet, full.flops)
     assert full.activations == pytest.approx(2 * half.activations, rel=0.05)

@@ -65,7 +65,7 @@ def test_what_fits_is_what_the_benchmark_predicted():
     table = pd.read_csv(ROOT / "benchmarks/memory.csv").query("not what.str.startswith('demo')").groupby("what", sort=False)
     lines = (ROOT / "docs/scaling.md").read_text(encoding="utf-8").splitlines()
     for what, rows in table:
-        fits = ["" if math.isnan(size) else f" ({size:.0f})" for size in rows["fits_gib"]]
+        fits = ["" if math.isnan(size) else f" ({size:.0f})" for size in rows["fits"]]
         cells = [f"{total:.1f}{size}" for total, size in zip(rows["total"], fits, strict=True)]
         assert f"| {' | '.join([what, *cells])} |" in lines
     assert len(table) == 12

@@ -201,7 +201,7 @@ def test_the_target_of_a_model_that_predicts_v_is_v(folders, train_on, monkeypat
             assert (v - e).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("more", [(), ("--lora-rank", "4"), ("--cache-dir", "cache")], ids=["full", "LoRA", "cache"])
+@pytest.mark.parametrize("more", [(), ("--lora-rank", "4", "--cache-dir", "cache")], ids=["full", "LoRA, cached"])
 def test_sd15_is_trained_resumed_and_sampled(folders, train_on, run, tmp_path, more):
     base = folders["SD 1.5"]
     code, _, err = train_on(base, "--output-dir", "whole", "--max-train-steps", "4", *more)

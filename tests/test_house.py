@@ -16,7 +16,7 @@ LEVELS = (
     ("grids", "figures", "prompts", "pairs", "checkpoints", "checksums", "single_file"),
     ("models", "checks", "hub", "folders", "losses"),
     ("compiled", "judges", "loras", "training", "schemas"),
-    ("batches", "scores", "tables", "cache", "results", "pickapic"),
+    ("batches", "scores", "tables", "cache", "results", "pickapic", "memory"),
     ("votes", "annotate"),
     ("study",),
     ("rows",),
@@ -99,8 +99,8 @@ def test_paths_that_scripts_share_are_the_same_everywhere():
 @pytest.mark.parametrize("name", MODULES)
 def test_no_unet_is_called_outside_the_scripts(name):
     called = {c for c in calls(ROOT / f"dipo/{name}.py") if c.split(".")[-1] in ("unet", "pipe")}
-    # The validation pictures of a training run come from diffusers' own pipeline.
-    assert called <= ({"pipe"} if name == "results" else set())
+    # The validation pictures of a training run come from diffusers' own pipeline; a dry run has no numbers.
+    assert called <= {"results": {"pipe"}, "memory": {"unet"}}.get(name, set())
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -114,7 +114,7 @@ def test_scripts_and_functions_keep_their_length(name):
 
 def test_the_house_stays_small():
     paths = [*(ROOT / f"{name}.py" for name in SCRIPTS), *(ROOT / "dipo").glob("*.py")]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in paths) <= 7640
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in paths) <= 7880
     for path in (ROOT / "dipo").glob("*.py"):
         for f in functions(path):
             assert f.end_lineno - f.lineno < 60, (path, f.name)
