@@ -65,10 +65,10 @@ class Tally(TorchDispatchMode):
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.storages.update(dict.fromkeys(storages((args, kwargs))))
+        given = {storage._cdata for storage in storages((args, kwargs))}
         out = f(*args, **kwargs)
         for storage in storages(out):
-            if storage not in self.storages:
+            if storage._cdata not in given and storage not in self.storages:
                 self.storages[storage] = None
                 weakref.finalize(storage, self.let_go, storage.nbytes())
                 self.now += storage.nbytes()
