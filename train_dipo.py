@@ -383,11 +383,11 @@ def main(s: Settings) -> None:
     quiet_data()
     out = Path(s.output_dir) if s.dry_run else writable_folder(s.output_dir)
     accelerator = training.open_accelerator(s, out)
+    if s.push_to_hub and not s.dry_run and accelerator.is_main_process:
+        check_upload(s.push_to_hub)
     s = fitted(s)
     if s.dry_run:
         return accelerator.print(memory.told(s, accelerator.num_processes))
-    if s.push_to_hub and accelerator.is_main_process:
-        check_upload(s.push_to_hub)
     with claimed(out, accelerator), training.out_of_memory_told(s.train_batch_size):
         checkpoint, progress = checkpoints.find_progress(s, out, accelerator)
         rows, find = open_data(s, accelerator)
