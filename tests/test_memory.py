@@ -58,7 +58,7 @@ def test_a_tally_counts_what_is_made_inside_and_alive():
 RUNS = (
     {"gradient_checkpointing": True, "optimizer": "adafactor", "train_batch_size": 8},
     {"lora_rank": 8},
-    {"loss": "sft", "mixed_precision": "bf16"},
+    {"loss": "sft", "mixed_precision": "bf16", "gradient_checkpointing": True, "train_batch_size": 2},
 )
 
 
