@@ -89,20 +89,17 @@ def random_judges(tmp_path_factory):
 def run(monkeypatch, capfd, tmp_path):
     """run("script", "--flag", ...) runs a script in this process, inside tmp_path; returns the exit code,
     standard output and standard error."""
-    import importlib
-
-    from dipo import cli
+    import helpers
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
 
-    def call(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+    def call(name, *arguments):
+        helpers.fresh_accelerator()
         capfd.readouterr()
         code = 0
         try:
-            module = importlib.import_module(script)
-            again = ["--resume goes on"] if script == "train_dipo" else []
-            cli.run(module.main, module.Settings, module.__doc__, *again)
+            helpers.run(name, *arguments)
         except SystemExit as e:
             code = e.code
         out, err = capfd.readouterr()

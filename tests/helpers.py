@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -10,9 +13,12 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from dipo import cli
 from dipo.batches import Batch
 from dipo.files import ROOT
 from dipo.rows import read_rows
@@ -21,11 +27,20 @@ from dipo.settings import DEMO_PATHS
 STUDIES = ("compare_quality", "Ablation_experiment", "Semantic_Categories", "Human_Preference_compare")
 SAMPLERS = ("hasty_sample", *STUDIES)
 SCRIPTS = (*SAMPLERS, "train_dipo", "download_models")
+# Processes of their own, forked from a server that has imported the scripts, so that each costs no imports.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([*SCRIPTS])
 PROMPTS = ["a landscape with red hills under a white sky and a yellow sun", "abstract art of a blue star"]
 
 
 def script(name):
     return importlib.import_module(name)
+
+
+def fresh_accelerator():
+    """What accelerate keeps of one run for the next in the same process goes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def listen_to_ctrl_c():
@@ -47,13 +62,51 @@ def start(*command, cwd=None, timeout=300, **environment):
     )
 
 
-def start_two(name, *flags, cwd=None):
-    """A script on two processes of this machine's CPU; the finished launcher."""
+def run(name, *arguments):
+    """A script from the command line to its end."""
+    module = script(name)
+    sys.argv = [f"{name}.py", *map(str, arguments)]
+    again = ["--resume goes on"] if name == "train_dipo" else []
+    cli.run(module.main, module.Settings, module.__doc__, *again)
+
+
+def inside(name, arguments, folder, log, environment, before):
+    """The life of a process of PROCESSES: in a folder, with its output in files of it. before: (a function, what it is
+    given besides the script's module), called first."""
+    os.chdir(folder)
+    os.environ |= environment
+    for number, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}{end}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if before:
+        before[0](script(name), *before[1:])
+    run(name, *arguments)
+
+
+def fork(*of_inside):
+    """A process of PROCESSES, started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # where the server finds the scripts
+        multiprocessing.forkserver.ensure_running()
+    process = PROCESSES.Process(target=inside, args=of_inside)
+    process.start()
+    return process
+
+
+def start_two(name, *flags, cwd, before=()):
+    """A script on two processes of this machine's CPU, as a launcher has it; what they wrote, and an exit code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    return start(*launch, ROOT / f"{name}.py", *flags, cwd=cwd, OMP_NUM_THREADS="1")
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    environments = [world | {"RANK": k, "LOCAL_RANK": k} for k in "01"]
+    processes = [fork(name, flags, cwd, f"process-{x['RANK']}-", x, before) for x in environments]
+    multiprocessing.connection.wait([p.sentinel for p in processes], 300)
+    for p in processes:
+        # Where one has failed, the launcher ends the other.
+        p.join(0 if any(q.exitcode for q in processes) else 300)
+        p.kill()
+        p.join()
+    out, err = ("".join((cwd / f"process-{k}-{end}.log").read_text() for k in "01") for end in ("out", "err"))
+    return SimpleNamespace(returncode=max(abs(p.exitcode) for p in processes), stdout=out, stderr=err)
 
 
 def pixels(path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from conftest import ROOT
 from diffusers import (
     AutoencoderKL,
@@ -24,7 +24,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
-from helpers import SAMPLERS, script, study_rows
+from helpers import SAMPLERS, fresh_accelerator, script, study_rows
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -475,14 +475,12 @@ def accelerator():
         if accelerator.sync_gradients:
             raise Reached(loss)
 
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+    fresh_accelerator()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     accelerator.state.device = PartialState().device = GPU
     accelerator.backward = backward
     yield accelerator
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+    fresh_accelerator()
 
 
 class Stream:

@@ -27,6 +27,7 @@ import pytest
 from conftest import DEMO, ROOT
 from hub import Hub
 from PIL import Image
+from test_docs import told
 
 import compare_quality as cq
 import download_models as dm
@@ -188,6 +189,19 @@ def test_the_judges(download, hub, tmp_path):
     first = next(i for i, (_, path, _) in enumerate(hub.requests) if "/resolve/" in path)
     asked = [path for _, path, _ in hub.requests[:first] if "/revision/" in path]
     assert len(asked) == len(dm.JUDGES)
+
+
+def test_the_commands_of_the_documents(download, pickapic, tmp_path):
+    """One after the other, in one process."""
+    commands = [flags for name, flags in told() if name == "download_models"]
+    assert [] in commands and ["--all"] in commands and commands[-1] == ["--check"]
+    run = f"""
+for sys.argv[1:] in {commands[:-1]}:
+    dm.main(cli.parse(dm.Settings, ""))
+sys.argv[1:] = ["--check"]
+"""
+    code, out, err = download(first=run)
+    assert code == 0 and not err and out.count("none damaged or missing") == len(dm.SOURCES | dm.SD15) + 1
 
 
 def test_a_second_run_fetches_nothing(download, hub, tmp_path):

@@ -230,7 +230,6 @@ def train_on(run, tmp_path):
 
     import numpy as np
     import pandas as pd
-    from accelerate.state import AcceleratorState, GradientState, PartialState
     from PIL import Image
 
     def picture(seed):
@@ -245,8 +244,6 @@ def train_on(run, tmp_path):
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
 
     def call(base, *flags):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
         common = ("--base-model", base, "--dataset", tmp_path / "train.parquet", "--optimizer", "adamw", "--device", "cpu")
         common += ("--no-scale-lr", "--learning-rate", "1e-3", "--effective-batch-size", "4", "--train-batch-size", "2")
         common += ("--checkpoint-every", "2", "--validate-every", "4", "--save-dtype", "fp32", "--max-mse-ratio", "100")

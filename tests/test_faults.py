@@ -1,15 +1,11 @@
 """Faults, made for real in a process of their own: kill -9 at chosen moments, a full disk, a folder that cannot be written,
-files cut short, two runs at once. README.md beside this file has the table of what is kept.
-
-Processes are forked from a server that has imported the scripts, so that each costs no imports."""
+files cut short, two runs at once. README.md beside this file has the table of what is kept."""
 
 import csv
 import ctypes
 import fnmatch
-import importlib
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -22,17 +18,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from helpers import pixels
+from helpers import fork, pixels
 from PIL import Image
 from safetensors import safe_open
 from test_train_dipo import FLAGS, pairs_file, same, weights  # noqa: F401
 
-from dipo import cli, judges
+from dipo import judges
 
 SCRIPTS = ("hasty_sample", "train_dipo", "compare_quality", "Ablation_experiment", "Semantic_Categories")
 SCRIPTS += ("Human_Preference_compare",)
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(list(SCRIPTS))
 COMMANDS = {
     "hasty_sample": (
         *("--demo", "--limit", 3, "--batch-size", 1, "--num-inference-steps", 4, "--timestep-spacing", "trailing"),
@@ -157,17 +151,9 @@ def record_writes(module, record: str) -> None:
     sys.addaudithook(hook)
 
 
-def inside(script: str, arguments: tuple, folder: str, fault: tuple) -> None:
-    """The life of a process of a test."""
-    os.chdir(folder)
-    for number, name in ((1, "out.log"), (2, "err.log")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    module = importlib.import_module(script)
-    sys.argv = [f"{script}.py", *map(str, arguments)]
-    if fault:
-        globals()[fault[0]](module, *fault[1:])
-    again = ["--resume goes on"] if script == "train_dipo" else []
-    cli.run(module.main, module.Settings, module.__doc__, *again)
+def begin(script: str, arguments: tuple, folder: Path, fault: tuple):
+    """A process of a test; its output comes into the folder."""
+    return fork(script, arguments, folder, "", {}, (globals()[fault[0]], *fault[1:]) if fault else ())
 
 
 @pytest.fixture
@@ -175,14 +161,12 @@ def start(tmp_path):
     """start(script, *flags, fault=()) begins a run in a process of its own inside tmp_path/logs."""
     begun = []
 
-    def begin(script, *flags, fault=(), logs="logs"):
+    def call(script, *flags, fault=(), logs="logs"):
         (tmp_path / logs).mkdir(exist_ok=True)
-        process = PROCESSES.Process(target=inside, args=(script, flags, str(tmp_path / logs), fault))
-        process.start()
-        begun.append(process)
-        return process
+        begun.append(begin(script, flags, tmp_path / logs, fault))
+        return begun[-1]
 
-    yield begin
+    yield call
     for process in begun:
         if process.is_alive():
             process.kill()
@@ -251,9 +235,7 @@ def undisturbed(tmp_path_factory):
         if script not in done:
             done[script] = folder / script
             recorded = ("record_writes", str(folder / f"{script}.writes"))
-            arguments = (script, (*flags, "--output-dir", done[script]), str(folder), recorded)
-            process = PROCESSES.Process(target=inside, args=arguments)
-            process.start()
+            process = begin(script, (*flags, "--output-dir", done[script]), folder, recorded)
             process.join(200)
             assert process.exitcode == 0, (folder / "err.log").read_text()
         return done[script]

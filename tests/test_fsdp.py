@@ -1,44 +1,18 @@
 """train_dipo.py with FSDP on two processes of the CPU: the curve of one process, also resumed, and memory as predicted."""
 
+import os
 import re
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import start_two
 from safetensors.torch import load_file
 
 import train_dipo as td
-from dipo import memory
+from dipo import memory, training
 
-# accelerate takes FSDP for GPUs only; torch's own runs on the CPU too.
-DRIVER = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-import train_dipo
-from dipo import cli, memory, training
-
-opened, train = training.open_accelerator, train_dipo.train
-
-def sharded(s, out):
-    accelerator = opened(s, out)
-    for state in (AcceleratorState, PartialState):
-        state._shared_state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
-    assert accelerator.is_fsdp2
-    return accelerator
-
-def watched(*given):
-    with memory.Tally() as tally:
-        stopped = train(*given)
-    print("most", tally.most)
-    return stopped
-
-training.open_accelerator, train_dipo.train = sharded, watched
-cli.run(train_dipo.main, train_dipo.Settings, "")
-"""
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -49,18 +23,38 @@ FSDP = {
 }
 
 
-def test_two_processes_with_fsdp_make_the_curve_of_one_without(tmp_path, run, monkeypatch):
+def with_fsdp(module):
+    """accelerate takes FSDP for GPUs only; torch's own runs on the CPU too. Prints the most bytes that were alive."""
+    opened, train = training.open_accelerator, td.train
+    os.environ |= FSDP
+
+    def sharded(s, out):
+        accelerator = opened(s, out)
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+        assert accelerator.is_fsdp2
+        return accelerator
+
+    def watched(*given):
+        with memory.Tally() as tally:
+            stopped = train(*given)
+        print("most", tally.most)
+        return stopped
+
+    training.open_accelerator, td.train = sharded, watched
+
+
+def test_two_processes_with_fsdp_make_the_curve_of_one_without(tmp_path, run):
     """In float32."""
-    (tmp_path / "driver.py").write_text(DRIVER)
     flags = ["--demo", "--device", "cpu", "--effective-batch-size", "16", "--max-train-pairs", "32", "--validate-every", "0"]
     flags += ["--learning-rate", "1e-4", "--lr-warmup-steps", "0", "--cache-dir", tmp_path / "cache"]
     code, _, err = run("train_dipo", *flags, "--train-batch-size", "8", "--output-dir", "one", "--max-train-steps", "3")
     assert code == 0, err
-    for name, value in FSDP.items():
-        monkeypatch.setenv(name, value)
     flags += ["--train-batch-size", "4", "--output-dir", tmp_path / "two"]
-    first = start_two(tmp_path / "driver", *flags, "--max-train-steps", "2", cwd=tmp_path)
-    then = start_two(tmp_path / "driver", *flags, "--max-train-steps", "3", "--resume", cwd=tmp_path)
+    processes = {"cwd": tmp_path, "before": (with_fsdp,)}
+    first = start_two("train_dipo", *flags, "--max-train-steps", "2", **processes)
+    then = start_two("train_dipo", *flags, "--max-train-steps", "3", "--resume", **processes)
     assert first.returncode == then.returncode == 0, first.stderr + then.stderr
     one, two = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     columns = ["step", "loss", "grad_norm", "winner_mse", "loser_mse"]

@@ -111,8 +111,9 @@ def test_hasty_sample(run, prompts, tmp_path):
 
 
 @pytest.mark.parametrize("script", STUDIES)
-def test_studies(run, prompts, tmp_path, monkeypatch, script):
-    flags = (script, "--demo", *STUDIES[script], "--prompts", prompts, "--height", 32, "--width", 32, "--output-dir", "out")
+def test_studies(run, tiny, prompts, tmp_path, monkeypatch, script):
+    flags = (script, "--demo", "--base-model", tiny, "--dpo-unet", tiny / "unet", *STUDIES[script], "--prompts", prompts)
+    flags += ("--height", 32, "--width", 32, "--output-dir", "out")
     code, out, err = run(*flags)
     assert code == 0 and "Traceback" not in err, err
     assert "\x1b[31m" not in out and "\x00" not in out
@@ -127,13 +128,14 @@ def test_studies(run, prompts, tmp_path, monkeypatch, script):
     assert run(*flags)[0] == 0
 
 
-def test_train_dipo(run, tmp_path):
+def test_train_dipo(run, tiny, tmp_path):
     """Captions and validation prompts of any kind: a run and its resumption, a cache, tables, grids and a model card."""
     rows = pd.read_parquet(ROOT / "assets/demo/pickapic/train.parquet").query("label_0 != 0.5")[: len(HOSTILE)]
     (tmp_path / "in").mkdir()
     rows.assign(caption=HOSTILE).to_parquet(tmp_path / "in/train.parquet")
     (tmp_path / "in/prompts.txt").write_text("\n".join(["=1+1", "../../escape \x1b[31m", "long " * 2_000]), encoding="utf-8")
-    flags = ("train_dipo", "--demo", "--dataset", "in/train.parquet", "--validation-prompts", "in/prompts.txt")
+    flags = ("train_dipo", "--demo", "--base-model", tiny, "--dataset", "in/train.parquet")
+    flags += ("--validation-prompts", "in/prompts.txt")
     flags += ("--effective-batch-size", 54, "--train-batch-size", 54, "--checkpoint-every", 1, "--keep-checkpoints", 1)
     flags += ("--validate-every", 2, "--output-dir", "out", "--cache-dir", "out/cache", "--lora-rank", 2)
     code, _, err = run(*flags, "--max-train-steps", 1)

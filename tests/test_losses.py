@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 from helpers import script
 from safetensors.torch import load_file
@@ -182,8 +181,6 @@ def train(run, tiny, tmp_path):
     flags += ("--validate-every", "0", "--device", "cpu", "--no-gradient-checkpointing", "--caption-dropout", "0")
 
     def call(*more):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
         return run("train_dipo", "--base-model", tiny, "--dataset", pairs, *flags, *more)
 
     return call

@@ -6,10 +6,10 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from helpers import fresh_accelerator
 
 import train_dipo as td
 from dipo import memory
@@ -65,8 +65,7 @@ RUNS = (
 @pytest.mark.parametrize("more", RUNS, ids=str)
 def test_what_is_predicted_is_what_the_demo_takes(more, tmp_path, monkeypatch):
     """Of gradients, optimizer and activations the most bytes at once, and the operations, beside the loop's real tensors."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+    fresh_accelerator()
     for name in ("gradient_checkpointing", "optimizer"):
         monkeypatch.setitem(td.DEMO, name, more.get(name, td.DEMO[name]))
     more = {"train_batch_size": 4, "max_train_steps": 2, "max_train_pairs": 32, "lr_warmup_steps": 0} | more

@@ -13,9 +13,8 @@ import pytest
 import test_train_dipo
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
-from helpers import start_two
+from helpers import fresh_accelerator, start_two
 from PIL import Image
 from test_schemas import png
 
@@ -78,8 +77,7 @@ def settings(folder, dataset, **more):
 
 def open_data(s):
     """All pairs as (caption, winner's bytes, loser's bytes), and the ties of each row."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+    fresh_accelerator()
     rows, find = annotate.open_data(s, Accelerator(cpu=True))
     found, ties = [], []
     for row in rows:
@@ -196,8 +194,7 @@ def test_the_demos_judge(tmp_path):
     """Winners are those of PickScore itself, one picture at a time."""
     paths = {k: DEMO_PATHS[k] for k in ("pickscore", "pickscore_processor")}
     s = settings(tmp_path, ROOT / "assets/demo/pickapic/test.parquet", max_train_pairs=20, **paths)
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+    fresh_accelerator()
     rows, find = annotate.open_data(s, Accelerator(cpu=True))
     judge = PickScore(*paths.values())
     judge.load(torch.float32)
@@ -297,8 +294,7 @@ def test_a_limit_scores_no_more_than_it_takes(judged, data, tmp_path, monkeypatc
 
 def open_data_first(s, n):
     """The first n pairs."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+    fresh_accelerator()
     rows, find = annotate.open_data(s, Accelerator(cpu=True))
     found = ((x["caption"], stored(x["winner"]), stored(x["loser"])) for row in rows for x in find(row)[0])
     return list(itertools.islice(found, n)), find
@@ -311,11 +307,11 @@ def test_data_that_change_while_they_are_scored_are_told(judged, data, tmp_path)
         find(rows[0] | {"caption": "another"})
 
 
-def test_two_processes_make_the_labels_of_one(tmp_path):
+def test_two_processes_make_the_labels_of_one(tiny, tmp_path):
     """For real, with a limit, at which the processes wait for each other."""
     flags = ("--demo", "--relabel", "pickscore", "--ranked-pairs", "best-worst", "--max-train-steps", 1, "--device", "cpu")
     flags += ("--effective-batch-size", 4, "--train-batch-size", 2, "--max-train-pairs", 70, "--validate-every", 0)
-    done = start_two("train_dipo", *flags, "--output-dir", tmp_path / "two", cwd=tmp_path)
+    done = start_two("train_dipo", *flags, "--base-model", tiny, "--output-dir", tmp_path / "two", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("pickscore agrees with the data set's labels in ") == 1, done.stderr
     s = td.complete(td.Settings(demo=True, relabel="pickscore", max_train_pairs=70, output_dir=str(tmp_path / "one")))
     (tmp_path / "one").mkdir()
@@ -365,8 +361,6 @@ def test_from_prompts_to_a_tuned_model(run, tmp_path):
     assert code == 0, err
     few = ("--effective-batch-size", 2, "--train-batch-size", 2, "--max-train-steps", 2, "--validate-every", 0)
     tune = ("train_dipo", "--demo", "--dataset", "own", *few, "--device", "cpu", "--output-dir", "tuned")
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
     code, _, err = run(*tune)
     assert code == 2 and "nobody has said which of its pictures are better; --relabel pickscore does" in err
     code, out, err = run(*tune, "--relabel", "pickscore")

@@ -271,14 +271,10 @@ def test_a_run_stopped_while_scoring_goes_on(copy, run, monkeypatch):
     assert np.abs(again["hpsv2"] - pd.read_csv(io.BytesIO(whole))["hpsv2"]).max() < 1e-5
 
 
-def two_processes(folder, *flags):
-    """Ablation_experiment.py --demo on two CPU processes, inside a folder; what it printed, and its exit code. Without a GPU
-    they are a CPU run without being told so."""
-    return start_two("Ablation_experiment", "--demo", "--output-dir", "out", *flags, cwd=folder)
-
-
 def test_two_processes_make_one_set_of_tables(finished, tmp_path):
-    done = two_processes(tmp_path, *TINY["Ablation_experiment"], "--limit", 2, "--scoring-batch-size", 3)
+    """Without a GPU they are a CPU run without being told so."""
+    flags = ("--demo", "--output-dir", "out", *TINY["Ablation_experiment"], "--limit", 2, "--scoring-batch-size", 3)
+    done = start_two("Ablation_experiment", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fluctuation.csv") == 1
     whole, shared = (pd.read_csv(f / "scores.csv") for f in (finished[0] / "Ablation_experiment", tmp_path / "out"))
@@ -769,7 +765,7 @@ def test_a_second_run_in_the_same_folder_is_told(run):
 def test_both_processes_are_told_of_a_second_run(tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.lock"):
-        done = two_processes(tmp_path)
+        done = start_two("Ablation_experiment", "--demo", "--output-dir", "out", cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("error: --output-dir out: another run is writing there") == 1
     assert 'Ablation_experiment.py", line' not in done.stderr and not list((tmp_path / "out").glob("*/*.png"))
 

@@ -21,7 +21,6 @@ import pytest
 import torch
 import world
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from filelock import FileLock
@@ -91,8 +90,6 @@ def train(run, tiny, pairs_file):
     """train("--flag", ...) runs train_dipo.py in this process on the tiny model and pairs."""
 
     def call(*flags):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
         return run("train_dipo", "--base-model", tiny, "--dataset", pairs_file, *FLAGS, *flags)
 
     return call
