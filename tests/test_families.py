@@ -242,9 +242,11 @@ def train_on(run, tmp_path):
         for i in range(16)
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "validation.txt").write_text(PROMPTS[0])
 
     def call(base, *flags):
         common = ("--base-model", base, "--dataset", tmp_path / "train.parquet", "--optimizer", "adamw", "--device", "cpu")
+        common += ("--validation-prompts", tmp_path / "validation.txt")
         common += ("--no-scale-lr", "--learning-rate", "1e-3", "--effective-batch-size", "4", "--train-batch-size", "2")
         common += ("--checkpoint-every", "2", "--validate-every", "4", "--save-dtype", "fp32", "--max-mse-ratio", "100")
         return run("train_dipo", *common, "--shuffle-buffer", "4", "--beta-dpo", "10", "--lr-warmup-steps", "0", *flags)
