@@ -9,13 +9,14 @@ import huggingface_hub
 import open_clip
 import torch
 import torchvision.transforms.v2.functional as TF
+from open_clip.tokenizer import HFTokenizer
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from dipo.cli import UserError
 from dipo.files import find_path
 from dipo.imagereward import linear_head, load_imagereward
-from dipo.models import reason
+from dipo.models import quiet_libraries, reason
 
 # The files that hpsv2.utils.hps_version_map names.
 HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -50,10 +51,10 @@ def rows_of(prompts: list[str]) -> tuple[list[str], torch.Tensor]:
 
 
 class Judge:
-    """What judges have in common: load(dtype) reads the weights, to the CPU at first; to(device) moves them.
+    """What judges have in common. One is made of the values of its settings; load(dtype) reads its weights, to the CPU.
 
     name is the column in scores.csv, label what tables and plots call it, with so many digits. source says which model it
-    is, weights names the folders or files that hold it. settings are the names of the settings that make it.
+    is, weights names the folders or files that hold it.
 
     Where the judge is a model of preference (Bradley-Terry), the difference of two scores, times logit_scale, is the logit
     of the probability that the first is preferred; logit is the column of scores.csv that holds score times logit_scale.
@@ -63,10 +64,16 @@ class Judge:
     logit_scale: float | None = None
     settings: tuple[str, ...] = ()
     digits = 4
-    weights: tuple[str, ...] = ()
     model: torch.nn.Module | None = None
 
-    def to(self, device: torch.device) -> None:
+    def __init__(self, *values: str):
+        self.values, self.source, self.weights = values, " ".join(values), values[:1]
+
+    def ready(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Have the weights read, once, and on the device."""
+        if self.model is None:
+            quiet_libraries()
+            self.load(dtype)
         self.model.to(device)
 
 
@@ -93,11 +100,8 @@ class PickScore(ClipJudge):
     name, label, digits = "pickscore", "PickScore", 3
     logit, logit_scale, settings = "pickscore", 1.0, ("pickscore", "pickscore_processor")
 
-    def __init__(self, model: str, processor: str):
-        self.paths, self.source, self.weights = (model, processor), f"{model} {processor}", (model,)
-
     def load(self, dtype: torch.dtype) -> None:
-        model, processor = self.paths
+        model, processor = self.values
         with loading("pickscore", model, "config.json", "model.safetensors"):
             path = str(find_path(model) or model)
             self.model = CLIPModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True).eval()
@@ -114,9 +118,6 @@ class CLIPScore(ClipJudge):
     name, label, settings = "clipscore", "CLIPScore, 2.5 cos", ("clip",)
     # Section 3: what captions start with.
     prefix = "A photo depicts "
-
-    def __init__(self, model: str):
-        self.source, self.weights = model, (model,)
 
     def load(self, dtype: torch.dtype) -> None:
         with loading("clip", self.source):
@@ -144,18 +145,15 @@ class HPSv2(Judge):
 
     name, label, logit, settings = "hpsv2", "HPSv2", "hpsv2_logit", ("hpsv2", "hpsv2_version")
 
-    def __init__(self, model: str, version: str = "v2.1"):
-        self.path, self.file = model, HPSV2_FILES[version]
-        self.source, self.weights = f"{model} {version}", (model,)
-
     def load(self, dtype: torch.dtype) -> None:
-        with loading("hpsv2", self.path, self.file):
-            path = checkpoint(self.path, self.file)
+        model, version = self.values
+        with loading("hpsv2", model, HPSV2_FILES[version]):
+            path = checkpoint(model, HPSV2_FILES[version])
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-            name, folder = "ViT-H-14", None
+            name, tokenize = "ViT-H-14", None
             if config := next(path.parent.glob("*-hpsv2.json"), None):
                 open_clip.add_model_config(config)
-                name, folder = config.stem, path.parent / "tokenizer"
+                name, tokenize = config.stem, HFTokenizer(str(path.parent / "tokenizer"), context_length=77)
             precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -164,7 +162,7 @@ class HPSv2(Judge):
                 self.model = open_clip.create_model(name, precision=precision).eval()
                 logging.disable(logging.NOTSET)
             self.model.load_state_dict(weights)
-            self.tokenize = open_clip.get_tokenizer(name) if folder is None else folder_tokenizer(folder)
+            self.tokenize = tokenize or open_clip.get_tokenizer(name)
         size = self.model.visual.image_size
         self.size, self.dtype = size[0] if isinstance(size, tuple) else size, dtype
         self.logit_scale = self.model.logit_scale.exp().item()
@@ -189,23 +187,15 @@ class ImageReward(Judge):
     """ImageReward (Xu et al. 2023): BLIP's text encoder, which attends to the image, and a head on its first token; as its
     authors standardise it."""
 
-    name, label, logit, settings = (
-        "imagereward",
-        "ImageReward",
-        "imagereward_logit",
-        ("imagereward", "imagereward_tokenizer"),
-    )
+    name, label, logit = "imagereward", "ImageReward", "imagereward_logit"
+    settings = ("imagereward", "imagereward_tokenizer")
     # Over their images. Trained on the reward before that.
     mean, logit_scale = 0.16717362830052426, 1.0333394966054072
 
-    def __init__(self, model: str, tokenizer: str):
-        self.paths, self.source, self.weights = (model, tokenizer), f"{model} {tokenizer}", (model,)
-
     def load(self, dtype: torch.dtype) -> None:
-        model, tokenizer = self.paths
+        model, tokenizer = self.values
         with loading("imagereward", model, "ImageReward.pt", "med_config.json"):
-            path = checkpoint(model, "ImageReward.pt", "med_config.json")
-            self.model = load_imagereward(path, dtype)
+            self.model = load_imagereward(checkpoint(model, "ImageReward.pt", "med_config.json"), dtype)
         with loading("imagereward-tokenizer", tokenizer):
             self.tokenizer = AutoTokenizer.from_pretrained(str(find_path(tokenizer) or tokenizer))
             # BLIP's, behind BERT's own.
@@ -228,11 +218,12 @@ class Aesthetic(Judge):
 
     name, label, digits, settings = "aesthetic", "aesthetic score", 3, ("aesthetic", "aesthetic_clip")
 
-    def __init__(self, model: str, clip: str):
-        self.paths, self.source, self.weights = (model, clip), f"{model} {clip}", (model, clip)
+    def __init__(self, *values: str):
+        super().__init__(*values)
+        self.weights = values
 
     def load(self, dtype: torch.dtype) -> None:
-        model, clip = self.paths
+        model, clip = self.values
         with loading("aesthetic", model, "aesthetic-model.pth"):
             weights = torch.load(checkpoint(model, "aesthetic-model.pth"), map_location="cpu", weights_only=True)
             width = weights["layers.0.weight"].shape[1]
@@ -269,13 +260,6 @@ def judges_of(s) -> list[Judge]:
     if not s.judges or len({*s.judges}) < len(s.judges):
         raise UserError(f"--judges {' '.join(s.judges)}: give one or more, and none twice")
     return [judge_of(s, name) for name in s.judges]
-
-
-def folder_tokenizer(folder: Path):
-    """A CLIP tokenizer of transformers in the manner of open_clip's: texts to ids (N, 77)."""
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    options = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
-    return lambda texts: tokenizer(texts, **options).input_ids
 
 
 def clip_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
