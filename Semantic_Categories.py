@@ -165,10 +165,7 @@ def report(s: Settings, study: Study, dipo: Row, baseline: Row, images: pd.DataF
     print_table(title + study.pairs_note(), short, {"category": "category", "score": "score"} | columns)
 
     plot = plot_wins(wins, "category", f"DIPO {dipo.steps} over Diffusion-DPO {baseline.steps}")
-    paths = [
-        write_csv(study.folder / "categories.csv", wins),
-        save_plot(plot, study.folder / "categories.png", s.demo),
-    ]
+    paths = [write_csv(study.folder / "categories.csv", wins), save_plot(plot, study.folder / "categories.png", s.demo)]
     stems = set()
     for category, part in by_category.items():
         stem = "grid-" + (re.sub(r"\W+", "-", category).strip("-")[:60] or "none")

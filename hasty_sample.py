@@ -70,16 +70,7 @@ from dipo.devices import DTYPES, claimed, dtype_for, start
 from dipo.files import fingerprint, finished_images, lora_names, read_record, writable_folder, write_csv
 from dipo.grids import remove_grids, save_grids
 from dipo.loras import merge_loras, read_loras
-from dipo.models import (
-    decode,
-    encode,
-    fitted,
-    image_settings,
-    load_part,
-    pipeline_class,
-    ready,
-    warn_of_long_prompts,
-)
+from dipo.models import decode, encode, fitted, image_settings, load_part, pipeline_class, ready, warn_of_long_prompts
 from dipo.prompts import one_line, read_prompts
 from dipo.timesteps import noise_level, subsequence, successive
 
@@ -219,9 +210,8 @@ def check_settings(s: Settings) -> None:
 def main(s: Settings) -> None:
     s = completed(s, DEMO)
     check_settings(s)
-    s = fitted(s)
-    s = replace(s, negative_prompt=one_line(s.negative_prompt))
-    s = replace(s, num_inference_steps=len(s.timesteps) or s.num_inference_steps)
+    s, steps = fitted(s), len(s.timesteps) or s.num_inference_steps
+    s = replace(s, negative_prompt=one_line(s.negative_prompt), num_inference_steps=steps)
     prompts = list(read_prompts(s.prompts, s.parti, s.pickapic)["prompt"]) if s.prompts else list(EXAMPLE_PROMPTS)
     prompts = prompts[: s.limit]
     state, device = start(s.device)
