@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
 from dipo.cli import UserError
-from dipo.compiled import compile_unet, compiling, eager, forget_compiled
+from dipo.compiled import compile_unet, compiling, forget_compiled
 from dipo.devices import clock, device_name
 from dipo.files import save_png
 
@@ -60,7 +60,8 @@ class RunBatch(Batch):
         if self.compiled and self.warm_up:
             self.stance.enter_context(compiling())
         elif self.run.compiled and not self.compiled:
-            self.stance.enter_context(eager())
+            # A batch of another size, for which all would be compiled anew.
+            self.stance.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
     def __exit__(self, kind, error, traceback) -> bool:
@@ -99,7 +100,8 @@ class RunBatch(Batch):
                     f"the image of prompt {record['prompt']!r} with seed {record['seed']} came out with NaN; try --dtype "
                     "bf16 or fp32, and with fp16 a VAE that can stand it (madebyollin/sdxl-vae-fp16-fix)"
                 )
-            self.run.write(path, picture, record | self.measured | more | VERSIONS)
+            written = self.run.writer.submit(save_png, path, picture, record | self.measured | more | VERSIONS)
+            self.run.writing.append(written)
         if self.run.timing:
             self.run.wait()
 
@@ -162,9 +164,6 @@ class Batches:
         clear_device_cache(garbage_collection=True)
         forget_compiled(self.pipe)
         tqdm.write(f"out of memory: going on with batches of {self.size}", file=sys.stderr)
-
-    def write(self, *arguments) -> None:
-        self.writing.append(self.writer.submit(save_png, *arguments))
 
     def wait(self) -> None:
         """Until all PNGs are written; what went wrong with them is raised here."""
