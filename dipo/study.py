@@ -60,9 +60,6 @@ class Row:
         options = [f"{k}={v}" for k, v in sorted(self.options.items())]
         return " ".join(["DDIM" if self.scheduler == "ddim" else self.scheduler, *options])
 
-    def tau(self, pipe: DiffusionPipeline, spacing: str) -> list[int]:
-        return list(self.timesteps) or subsequence(pipe, self.steps, spacing)
-
 
 @contextlib.contextmanager
 def open_study(s: StudySettings, rows: list[Row], judges: list[Judge], timing: bool = False):
@@ -151,7 +148,10 @@ class Study:
         taken = {f: there[key(r)] for f, r in self.missing.items() if key(r) in there}
         for file, path in taken.items():
             with written_whole(self.folder / file) as part:
-                link_or_copy(path, part)
+                try:
+                    os.link(path, part)
+                except OSError:
+                    shutil.copy2(path, part)
         return len(taken)
 
     def clean_up(self) -> None:
@@ -193,7 +193,7 @@ class Study:
                 continue
             self.bar.set_description(row.label)
             known = warm.setdefault((row.sampler, s.guidance_scale > 1), set())
-            tau = row.tau(pipe, s.timestep_spacing)
+            tau = list(row.timesteps) or subsequence(pipe, row.steps, s.timestep_spacing)
             run = Batches(pipe, share, tau, size, self.bar, s.compile, warm=known)
             for batch in run:
                 yield row, batch
@@ -251,13 +251,6 @@ class Study:
 
 def eta_label(eta: float) -> str:
     return f", η = {eta:g}" if eta else ""
-
-
-def link_or_copy(path: Path, to: Path) -> None:
-    try:
-        os.link(path, to)
-    except OSError:
-        shutil.copy2(path, to)
 
 
 def score_folders(s: StudySettings, judges: list[Judge]) -> None:
