@@ -16,7 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPVisionMode
 from dipo.cli import UserError
 from dipo.files import find_path
 from dipo.imagereward import linear_head, load_imagereward
-from dipo.models import quiet_libraries, reason
+from dipo.models import quiet_libraries, reason, without_repetition
 
 # The files that hpsv2.utils.hps_version_map names.
 HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -42,12 +42,6 @@ def checkpoint(name: str, file: str, *beside: str) -> Path:
     if path is None:
         return Path([huggingface_hub.hf_hub_download(name, x) for x in (*beside, file)][-1])
     return path / file if path.is_dir() else path
-
-
-def rows_of(prompts: list[str]) -> tuple[list[str], torch.Tensor]:
-    """The prompts without repetition, and which of them each one is."""
-    unique = list(dict.fromkeys(prompts))
-    return unique, torch.tensor([unique.index(p) for p in prompts])
 
 
 class Judge:
@@ -85,12 +79,12 @@ class ClipJudge(Judge):
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         """Scores (N,), float32, on the CPU."""
-        model, (unique, rows) = self.model, rows_of(prompts)
+        model, (unique, rows) = self.model, without_repetition(prompts)
         pixels = self.processor(images=[x.convert("RGB") for x in images], return_tensors="pt").pixel_values
         texts = [self.prefix + p for p in unique]
         ids = self.processor(text=texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         out = model(**ids.to(model.device), pixel_values=pixels.to(model.device, model.dtype))
-        text = out.text_embeds.float()[rows.to(model.device)]
+        text = out.text_embeds.float()[rows]
         return self.of_cosine((out.image_embeds.float() * text).sum(dim=-1)).cpu()
 
 
@@ -170,7 +164,7 @@ class HPSv2(Judge):
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         """Scores (N,), float32, on the CPU."""
-        model, device, (unique, rows) = self.model, self.model.logit_scale.device, rows_of(prompts)
+        model, device, (unique, rows) = self.model, self.model.logit_scale.device, without_repetition(prompts)
         pixels = torch.stack([hpsv2_pixels(x, self.size, device) for x in images]).to(self.dtype)
         ids = self.tokenize(unique)
         # The text tower is causal and read at the end-of-text token: what comes after the batch's last one changes nothing.
@@ -180,7 +174,7 @@ class HPSv2(Judge):
         text = torch.func.functional_call(model, short, kwargs={"text": ids[:, :length].to(device)})
         text = text["text_features"] if isinstance(text, dict) else text[1]
         image = model.encode_image(pixels, normalize=True)
-        return (image.float() * text.float()[rows.to(device)]).sum(dim=-1).cpu()
+        return (image.float() * text.float()[rows]).sum(dim=-1).cpu()
 
 
 class ImageReward(Judge):

@@ -273,14 +273,19 @@ class Text(NamedTuple):
         return given
 
 
+def without_repetition(prompts: list[str]) -> tuple[list[str], list[int]]:
+    """The prompts, each once, and which of them each one is."""
+    unique = list(dict.fromkeys(prompts))
+    return unique, [unique.index(p) for p in prompts]
+
+
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, batch, guided: bool, negative_prompt: str = "") -> Text:
     """The text for the B images of a batch: 2B rows with the unconditional half first where guided, else B.
 
     An empty negative prompt means the model's own unconditional embeddings (SDXL's: zeros where its index says so).
     """
-    unique = list(dict.fromkeys(batch.prompts))
-    rows = [unique.index(p) for p in batch.prompts]
+    unique, rows = without_repetition(batch.prompts)
     negative = [negative_prompt] * len(unique) if negative_prompt else None
     options = {"device": pipe.unet.device, "num_images_per_prompt": 1, "negative_prompt": negative}
     # SD 1.5 and 2.1 have no pooled embeddings.

@@ -3,7 +3,6 @@ good."""
 
 import contextlib
 import functools
-import itertools
 import json
 from pathlib import Path
 
@@ -145,9 +144,8 @@ def stream_into(folder: Path, state: dict, source: Source, wanted: int) -> None:
             save(file, pairs, rows.features, position)
         if more:
             rows, find = open_train(stream, source.repo, state["commit"])
-            number = itertools.count(len(train))
-            for pairs, position in read_pairs(rows, find, behind[-1], more, bar):
-                save(f"train-{next(number):05d}.parquet", pairs, rows.features, position)
+            for number, (pairs, position) in enumerate(read_pairs(rows, find, behind[-1], more, bar), len(train)):
+                save(f"train-{number:05d}.parquet", pairs, rows.features, position)
     for path in folder.glob("train-[0-9][0-9][0-9][0-9][0-9].parquet"):
         if path.name not in files:
             path.unlink()

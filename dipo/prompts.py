@@ -146,10 +146,6 @@ def read_text(path: Path) -> str:
     raise ValueError("no text in UTF-8, UTF-16 or cp1252")
 
 
-def read_lines(path: Path) -> pd.DataFrame:
-    return pd.DataFrame({"prompt": read_text(path).splitlines()})
-
-
 def read_csv(path: Path) -> pd.DataFrame:
     """A CSV as text, parted by that of SEPARATORS which makes a known column of the header, or the most cells. ValueError
     where a row has more cells than the header, which pandas would take for an index."""
@@ -213,5 +209,5 @@ def listed(names) -> str:
     return textwrap.shorten(", ".join(map(str, names)), 120, placeholder=" ...") or "nothing"
 
 
-READERS = {".txt": read_lines, ".csv": read_csv, ".tsv": read_csv, ".parquet": pd.read_parquet}
-READERS |= {".json": read_json, ".jsonl": read_json}
+READERS = {".txt": lambda path: pd.DataFrame({"prompt": read_text(path).splitlines()}), ".csv": read_csv, ".tsv": read_csv}
+READERS |= {".parquet": pd.read_parquet, ".json": read_json, ".jsonl": read_json}
