@@ -40,7 +40,7 @@ def judge(kind, folder):
     """One of the random judges, loaded in float32 on the CPU."""
     parts = {PickScore: ("pickscore", "pickscore"), HPSv2: ("hpsv2",), ImageReward: ("imagereward", "bert")}
     parts |= {Aesthetic: ("aesthetic", "pickscore")}
-    judge = kind(*(str(folder / part) for part in parts.get(kind, ("pickscore",))))
+    judge = kind(*(str(folder / part) for part in parts.get(kind, ("pickscore",))), *["v2.1"] * (kind is HPSv2))
     judge.load(torch.float32)
     return judge
 
