@@ -143,8 +143,7 @@ def make_images(s: Settings, study: Study) -> None:
 
 
 def report(s: Settings, study: Study, rows: list[Row], redrawn: list[Row], images: pd.DataFrame) -> None:
-    """The scores at each eta, their paired differences from the lowest eta, how far the means fluctuate, over eta and over
-    redraws, curves and grid."""
+    """The scores at each eta, paired with the lowest, how far means fluctuate over eta and over redraws, curves and grid."""
     judges, first = study.scores.judges, rows[0]
     means = stats.means(images, [r.variant for r in rows], study.scores.names, first.variant)
     means.insert(1, "eta", [r.eta for r in rows])

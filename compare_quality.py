@@ -192,8 +192,7 @@ def study_rows(s: Settings) -> list[Row]:
 
 
 def report(s: Settings, study: Study, rows: list[Row], baseline: Row, images: pd.DataFrame) -> None:
-    """Table 1, win rates against the first row of Diffusion-DPO, which rows are as good as it, quality over UNet calls and
-    time, and the grid of Figure 1."""
+    """Table 1, win rates over the first row of Diffusion-DPO, which rows are as good as it, their plot, Figure 1's grid."""
     judges, variants = study.scores.judges, [r.variant for r in rows]
     about = [(r.label, r.steps, r.eta, (r.calls or r.steps) * (1 + (r.of(s).guidance_scale > 1))) for r in rows]
     about = pd.DataFrame(about, columns=["label", "steps", "eta", "unet_calls"])

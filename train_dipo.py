@@ -240,8 +240,7 @@ def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> Diffus
 
 
 def wrap(s: Settings, pipe: DiffusionPipeline, accelerator: Accelerator):
-    """The UNet as accelerate, FSDP or DeepSpeed have it, its optimizer, and the frozen reference (None where the loss has no
-    use for one, and for a LoRA)."""
+    """The UNet as accelerate, FSDP or DeepSpeed have it, its optimizer, and the frozen reference (None: it needs none)."""
     unet, dtype, reference = pipe.unet, s.dtype, None
     if s.lora_rank:
         torch.manual_seed(s.seed)

@@ -32,8 +32,7 @@ class Batch:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def noise(self) -> torch.Tensor:
-        """Normal noise, float32 (B, 4, H/8, W/8), image by image from its own CPU generator, so that it is the same on every
-        device and in every batch; copied without waiting."""
+        """Normal noise, float32 (B, 4, H/8, W/8), by the image's own CPU generator: the same on any device, in any batch."""
         noise = randn_tensor(self.shape, self.generators)
         cuda = self.device.type == "cuda"
         return (noise.pin_memory() if cuda else noise).to(self.device, non_blocking=cuda)

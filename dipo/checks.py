@@ -16,9 +16,8 @@ HUB_NAME = r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.txt)(/.+\.safetensors)?
 
 
 def completed(s, demo: dict, paper: dict | None = None):
-    """The settings with what follows from others: a LoRA alone goes on the base model's own UNet, which is said; --demo sets
-    DEMO_PATHS and the script's own demo wherever the default was left, and --paper the paper's terms (but not its prompts
-    where both are given)."""
+    """The settings with what follows from others: a LoRA alone goes on the base model's own UNet; where the default was left
+    --demo sets DEMO_PATHS and demo, and --paper the paper's terms (but not its prompts where both are given)."""
     default, given = {f.name: f.default for f in fields(s)}, getattr(s, "given", ())
     if getattr(s, "dpo_lora", ()) and s.dpo_unet == default["dpo_unet"] and "dpo_unet" not in given:
         if s.dpo_unet and not s.demo:
@@ -87,9 +86,8 @@ def check_different(flag: str, *values: float) -> None:
 
 
 def check_models(s) -> None:
-    """Raise UserError unless base model, UNet and VAE are each a .safetensors file or a model folder (it or its subfolder of
-    the kind holds an index), could be a hub name such as "owner/name" or a file there, or are empty where the base model's
-    own part can stand in."""
+    """Raise UserError unless base model, UNet and VAE are each a .safetensors file, a folder with an index in it or in its
+    unet or vae, could be a HUB_NAME, or are empty where the base model's own part can stand in."""
     for flag in ("base-model", "dpo-unet", "init-unet", "vae"):
         name = getattr(s, flag.replace("-", "_"), "")
         index, path = "model_index.json" if flag == "base-model" else "config.json", find_path(name)

@@ -34,8 +34,7 @@ def describe(axes, title: str, x: str = "", y: str = "", grid: str = "both") -> 
 
 
 def plot_text(text: str, most: int = 24) -> str:
-    """Text for matplotlib, at most that long: no mathematics in it, and no character that its font lacks, which the PDF
-    backend may fail at."""
+    """Text for matplotlib, at most that long, without mathematics and what its font lacks, at which the PDF may fail."""
     known = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans")).get_charmap()
     text = unicodedata.normalize("NFC", text if len(text) <= most else text[: most - 1] + "…")
     text = "".join(c if ord(c) in known and unicodedata.category(c)[0] not in "CM" else "□" for c in text)

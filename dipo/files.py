@@ -191,8 +191,7 @@ def difference(record: dict, wanted: dict) -> str | None:
 
 
 def fingerprint(*names: str) -> str:
-    """A short hash that changes with the weights in model folders: names, sizes and last 64 KiB of their files.
-    What is on the hub counts by its name alone."""
+    """A short hash of the weights in model folders: names, sizes and last 64 KiB of files; of the hub the name alone."""
     digest = hashlib.sha256()
     for name in filter(None, names):
         path = find_path(name)

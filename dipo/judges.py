@@ -36,8 +36,7 @@ def loading(flag: str, name: str, *files: str):
 
 
 def checkpoint(name: str, file: str, *beside: str) -> Path:
-    """A checkpoint: name itself where that is a file, or this file in the folder, or the hub's repository, of that name. Of
-    the hub come those beside it as well."""
+    """A checkpoint: name itself where that is a file, else this file in that folder or, with those beside it, repository."""
     path = find_path(name)
     if path is None:
         return Path([huggingface_hub.hf_hub_download(name, x) for x in (*beside, file)][-1])
@@ -178,8 +177,7 @@ class HPSv2(Judge):
 
 
 class ImageReward(Judge):
-    """ImageReward (Xu et al. 2023): BLIP's text encoder, which attends to the image, and a head on its first token; as its
-    authors standardise it."""
+    """ImageReward (Xu et al. 2023), standardised: a head on the first token of BLIP's text encoder, which sees the image."""
 
     name, label, logit = "imagereward", "ImageReward", "imagereward_logit"
     settings = ("imagereward", "imagereward_tokenizer")

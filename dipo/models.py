@@ -91,8 +91,7 @@ def load_folder(cls, path: Path | None, name: str, subfolder: str, dtype: torch.
 
 
 def pipeline_class(name: str):
-    """The class of the base model's pipeline: StableDiffusionXLPipeline, or StableDiffusionPipeline for SD 1.5, 2.0 and 2.1.
-    UserError for another one."""
+    """The class of the base model's pipeline, one of PIPELINES. UserError for another one."""
     index, path = load_part(DiffusionPipeline, "base-model", name, ""), find_path(name)
     kind = index.get("_class_name")
     if kind not in PIPELINES:
@@ -214,8 +213,7 @@ def ready(pipe: DiffusionPipeline, s, device: torch.device, less: str = "--dtype
 
 
 def load_config(cls, flag: str, name: str, base_model: str, subfolder: str) -> dict:
-    """The configuration of one model, from the base model where name is empty, with diffusers' defaults for what it leaves
-    out; UserError if it is of another class."""
+    """The configuration of a model (no name: the base model's), with diffusers' defaults. UserError for another class."""
     flag, name = (flag, name) if name else ("base-model", base_model)
     config = load_part(cls, flag, name, subfolder, config_of=base_model)
     if config.get("_class_name") != cls.__name__:

@@ -81,9 +81,8 @@ def read_pair(pair: dict, resolution: int) -> dict | None:
 def random_draws(
     key: tuple[int, ...], latent_shape: tuple[int, ...], train_timesteps: int, caption_dropout: float, flip: bool = False
 ) -> dict:
-    """What is random about one visit to one pair, from a seed of its own, so that it depends neither on the batch nor on
-    the process: timestep (), noise latent_shape, posterior_noise (2, *latent_shape), drop_caption (), and with flip, as
-    often as not, mirrored (), of both pictures."""
+    """What is random about one visit to one pair, from a seed of its own, whatever the batch and the process: timestep (),
+    noise latent_shape, posterior_noise (2, *latent_shape), drop_caption (), and with flip mirrored (), both pictures'."""
     g = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
     draws = {
         "timestep": torch.randint(train_timesteps, (), generator=g),

@@ -88,8 +88,7 @@ def prompt_columns(table: pd.DataFrame, category: str = "") -> pd.DataFrame:
 
 
 def named_column(table: pd.DataFrame, names: tuple[str, ...]) -> pd.Series | None:
-    """The column of the first of these names that is there, in any case and with blanks around it; where a row has nothing,
-    that of the next one."""
+    """The column of the first of these names, in any case, with blanks around it; where a row is empty, that of the next."""
     columns = plain(table.columns)
     found = [table.iloc[:, columns.index(name)] for name in names if name in columns]
     return functools.reduce(lambda a, b: a.where(a.notna(), b), found) if found else None

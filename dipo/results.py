@@ -156,8 +156,7 @@ def check_upload(name: str) -> None:
 
 
 def upload_result(s, out: Path, step: int) -> None:
-    """What a finished run leaves to the hub repository, without checkpoints, cache and TensorBoard's events. UserError
-    where that fails, with the command that does it later."""
+    """Upload what a finished run leaves but checkpoints, cache and events. UserError with the command that does it later."""
     files = ["pytorch_lora_weights.safetensors" if s.lora_rank else "unet/*", "README.md", "settings.yaml", "metrics.csv"]
     files += ["loss.png", f"validation/step-{step:07d}*.png"]
     try:

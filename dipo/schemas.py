@@ -130,8 +130,7 @@ def with_rows(files: list[Path]) -> list[Path]:
 
 
 def own_pictures(name: str) -> datasets.IterableDataset:
-    """A folder of pictures whose prompts are known, as hasty_sample.py leaves it, as a row for each prompt that has several.
-    UserError where none has."""
+    """A folder of pictures whose prompts are known as a row for each prompt that has several. UserError where none has."""
     groups = {}
     for file, record in picture_records(name, flag="dataset").items():
         groups.setdefault(record["prompt"], []).append(file)
@@ -250,8 +249,7 @@ def group_of(row: dict, schema: Schema) -> tuple[str, list, list[float]]:
 
 
 def located(picture, folder: Path | None):
-    """A picture as it is, or, where a row holds the name of a file only, its path in the folder; None where the name leads
-    out of that."""
+    """A picture as it is or, where a row holds a file's name only, its path in the folder; None for one that leads out."""
     if isinstance(picture, dict) and picture["bytes"] is None and "://" not in (picture["path"] or ""):
         picture = picture["path"]
     if not isinstance(picture, str) or folder is None:

@@ -74,8 +74,7 @@ class Scores:
         return good.loc[files, self.columns].reset_index(drop=True)
 
     def add(self, rows: pd.DataFrame) -> None:
-        """Put rows in, by variant and file, in the place of older ones of the same files. What is there is whole at any
-        moment, and processes take turns."""
+        """Put rows in, in the place of older ones of the same files. Processes take turns; it is whole at any moment."""
         with FileLock(self.folder / ".scores.lock"):
             table = pd.concat([self.table(), rows]).drop_duplicates("file", keep="last")
             with written_whole(self.folder / "scores.csv") as part:

@@ -130,8 +130,7 @@ class Study:
             self.scores.load_judges()
 
     def take(self) -> int:
-        """Take what is missing from other studies under the same parent folder that have been scored, as hard links or
-        copies; how many."""
+        """Take what is missing, as hard links or copies, from studies under the same parent that have scores; how many."""
         if not self.missing:
             return 0
         # A setting that is empty and one that an older version did not have are the same.
@@ -182,8 +181,7 @@ class Study:
         return [replace(self.s, dpo_unet=unet, dpo_lora=lora) for unet, lora in pairs]
 
     def batches(self, pipe: DiffusionPipeline, model: StudySettings) -> Iterator[tuple[Row, RunBatch]]:
-        """The missing images of the rows of one of models(), row by row and batch by batch, after warm-ups that are not
-        timed."""
+        """What is missing of the rows of one of models(), row by row, batch by batch, after warm-ups that are not timed."""
         if self.is_main:
             warn_of_long_prompts(pipe, list(self.prompts["prompt"]))
         size, warm = self.s.batch_size, {}
@@ -254,8 +252,7 @@ def eta_label(eta: float) -> str:
 
 
 def score_folders(s: StudySettings, judges: list[Judge]) -> None:
-    """Score folders of finished images, print their means and win rates of the first one over the others, and ask people
-    about two of them."""
+    """Score folders of pictures, print their means and the first one's wins over the others, and ask people about two."""
     folders = [*dict.fromkeys(str(Path(folder)) for folder in s.folders)]
     rows = asked_rows(s, folders, *folders[:2])
     state, device = start(s.device)

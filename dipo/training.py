@@ -145,8 +145,7 @@ def picture_size(s, pipe: DiffusionPipeline) -> int:
 
 
 def add_lora(s, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    """Freeze the UNet in dtype and put a LoRA in float32 on the layers of s.lora_targets, zero at the start. UserError where
-    one of them fits no layer."""
+    """Freeze the UNet in dtype and add a LoRA in float32, zero at the start. UserError for a target that fits no layer."""
     unet.requires_grad_(False).to(dtype)
     targets, alpha = list(s.lora_targets), s.lora_alpha or s.lora_rank
     names = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
