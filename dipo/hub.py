@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import os
 import shutil
 import sys
@@ -99,10 +98,8 @@ def explain(e: Exception, source: Source) -> DownloadError:
 
 def repo_info(source: Source, revision: str, **more):
     """The hub's information on a repository, its sha the commit that revision is now. Raises DownloadError."""
-    call = functools.partial(
-        huggingface_hub.HfApi().repo_info, source.repo, repo_type=source.kind, revision=revision, timeout=30, **more
-    )
-    info = persist(call, source, transport=False)
+    wanted = {"repo_type": source.kind, "revision": revision, "timeout": 30} | more
+    info = persist(lambda: huggingface_hub.HfApi().repo_info(source.repo, **wanted), source, transport=False)
     if not info.sha:
         raise RepositoryError(f"{source.repo} at {clean(ENDPOINT)}: does not say its commit; use another HF_ENDPOINT")
     return info

@@ -99,14 +99,12 @@ def parts(s) -> tuple[UNet2DConditionModel, AutoencoderKL, list[torch.nn.Module]
     unet = load_config(UNet2DConditionModel, "init-unet", s.init_unet, s.base_model, "unet")
     vae = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")
     index = load_part(DiffusionPipeline, "base-model", s.base_model, "")
-    names = [part for part in index if part.startswith("text_encoder")]
-    # Any class of diffusers reads the configuration of any.
-    configs = [load_part(UNet2DConditionModel, "base-model", s.base_model, part) for part in names]
+    encoders = []
     with torch.device("meta"):
-        encoders = [
-            getattr(transformers, index[part][1])(transformers.CLIPTextConfig.from_dict(config))
-            for part, config in zip(names, configs, strict=True)
-        ]
+        for part in (part for part in index if part.startswith("text_encoder")):
+            # Any class of diffusers reads the configuration of any.
+            config = load_part(UNet2DConditionModel, "base-model", s.base_model, part)
+            encoders.append(getattr(transformers, index[part][1])(transformers.CLIPTextConfig.from_dict(config)))
         return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae), encoders
 
 

@@ -3,6 +3,7 @@ good."""
 
 import contextlib
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -41,24 +42,22 @@ def read_pairs(rows, find, position: dict | None, wanted: int, bar: tqdm):
     the position behind it; fewer where the stream ends. find: of dipo.schemas.pairs_of."""
     from dipo.pairs import read_pair
 
+    def usable():
+        left_out = 0
+        for row in rows:
+            if any(read_pair(pair, 8) for pair in find(row)[0]):
+                bar.update()
+                yield row
+            else:
+                left_out += 1
+                bar.set_postfix_str(f"{left_out} left out", refresh=False)
+
     if position:
         rows.load_state_dict(position)
-    pairs, left_out = [], 0
-    for row in rows:
-        if all(read_pair(pair, 8) is None for pair in find(row)[0]):
-            left_out += 1
-            bar.set_postfix_str(f"{left_out} left out", refresh=False)
-            continue
-        pairs.append(row)
-        wanted -= 1
-        bar.update()
-        if len(pairs) == PAIRS_PER_FILE or not wanted:
-            yield pairs, rows.state_dict()
-            pairs = []
-        if not wanted:
-            return
-    if pairs:
+    stream = usable()
+    while pairs := list(itertools.islice(stream, min(PAIRS_PER_FILE, wanted))):
         yield pairs, rows.state_dict()
+        wanted -= len(pairs)
 
 
 def save_file(folder: Path, state: dict, file: str, rows: list[dict], features, position: dict | None) -> None:

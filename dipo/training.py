@@ -4,21 +4,13 @@ import contextlib
 import math
 import os
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    is_wandb_available,
-)
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, is_bnb_available, is_wandb_available
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
@@ -44,6 +36,7 @@ def check_training(s) -> None:
     numbers = ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio", "lora_alpha", "tflops")
     rules = [(x, getattr(s, x) is None or 0 < getattr(s, x) < math.inf, "use a finite number above 0") for x in numbers]
     mu, tied = s.winner_preserving, s.init_unet and not s.lora_rank and s.loss not in WITHOUT_REFERENCE
+    installed = s.optimizer != "adamw8bit" or s.dry_run or is_bnb_available()
     rules += [
         ("weight_decay", 0 <= s.weight_decay < math.inf, "use 0 or more"),
         ("caption_dropout", 0 <= s.caption_dropout < 1, "use 0 (every pair with its caption) to less than 1"),
@@ -54,11 +47,7 @@ def check_training(s) -> None:
         ("winner_preserving", mu is None or 0 <= mu <= 1, "use 0 to 1"),
         ("winner_preserving", mu is None or s.loss != "sft", "sft trains on winners only; leave it out"),
         ("reference", s.reference == "init" or tied, "needs --init-unet, a loss that has a reference, and no --lora-rank"),
-        (
-            "optimizer",
-            s.optimizer != "adamw8bit" or find_spec("bitsandbytes") or s.dry_run,
-            "not installed; pip install bitsandbytes",
-        ),
+        ("optimizer", installed, "not installed; pip install bitsandbytes"),
         ("wandb", not s.wandb or is_wandb_available(), "not installed; pip install wandb"),
     ]
     for name, fine, advice in rules:
