@@ -140,10 +140,8 @@ def wanted_images(s: Settings, prompts: list[str], dtype_name: str) -> tuple[dic
     common = image_settings(s, dtype_name)
     # In the order in which images have had them since before there was a dpo_lora.
     common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae, *lora_names(s.dpo_lora))
-    for name in ("num_inference_steps", "eta", "negative_prompt"):
-        common[name] = getattr(s, name)
-    common["timesteps"] = list(s.timesteps)
-    common["guidance_interval"] = s.guidance_interval and list(s.guidance_interval)
+    common |= {"num_inference_steps": s.num_inference_steps, "eta": s.eta, "negative_prompt": s.negative_prompt}
+    common |= {"timesteps": list(s.timesteps), "guidance_interval": s.guidance_interval and list(s.guidance_interval)}
     wanted = {
         f"{i:05d}.png": {"prompt": prompts[i // s.images_per_prompt], "seed": s.seed + i} | common
         for i in range(len(prompts) * s.images_per_prompt)

@@ -67,8 +67,6 @@ def persist(call, source: Source, transport: bool):
     for wait in (*WAITS, None):
         try:
             return call()
-        except DownloadError:
-            raise
         except Exception as e:
             if wait is None or not is_passing(e, transport):
                 raise explain(e, source) from e

@@ -88,13 +88,11 @@ def fetch_pairs(root: Path, source: Source, wanted: int, revision: str) -> None:
                 raise RepositoryError(f"{folder}: holds pairs of commit {state['commit']}; delete it, or omit --revision")
             state |= {"commit": commit, "repo": source.repo}
         stream_into(folder, state, source, wanted)
-    except RepositoryError as e:
+    except DownloadError as e:
         if isinstance(e.__cause__, RepositoryNotFoundError):
             from dipo.schemas import OTHERS
 
             raise RepositoryError(f"{e}; {OTHERS}") from e
-        raise
-    except DownloadError:
         raise
     except UserError as e:
         raise RepositoryError(str(e)) from e
