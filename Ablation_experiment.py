@@ -227,10 +227,8 @@ def plot_eta(s: Settings, means: pd.DataFrame, moved: pd.DataFrame, judges: list
     panels = np.atleast_1d(figure.subplots(1, len(judges)))
     for axes, judge, colour, r in zip(panels, judges, itertools.cycle((BLUE, ORANGE)), moved.itertuples(), strict=False):
         y, gap, low, high = (means[f"{judge.name}{x}"] for x in ("", "_difference", "_difference_low", "_difference_high"))
-        half = abs(y.mean()) * 0.0015 / 2
-        axes.axhspan(
-            y.mean() - half, y.mean() + half, color=GREY, alpha=0.5, label="0.15 % of the mean (the paper's figure)"
-        )
+        half, band = abs(y.mean()) * 0.0015 / 2, "0.15 % of the mean (the paper's figure)"
+        axes.axhspan(y.mean() - half, y.mean() + half, color=GREY, alpha=0.5, label=band)
         # The interval that matters is that of the change: how the prompts differ is the same at every eta.
         change = f"mean, and 95 % of its change from η = {eta[0]:g}"
         axes.errorbar(eta, y, [gap - low, high - gap], marker="o", color=colour, capsize=3, label=change)

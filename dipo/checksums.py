@@ -75,9 +75,8 @@ def write_sums(root: Path, name: str, sums: dict[str, str]) -> None:
     for file in all_sums.pop(name, {}).keys() - sums.keys():
         (root / name / file).unlink(missing_ok=True)
     all_sums |= {name: sums} if sums else {}
-    write_text(
-        root / "SHA256SUMS", "".join(f"{c}  {n}/{f}\n" for n in sorted(all_sums) for f, c in sorted(all_sums[n].items()))
-    )
+    lines = (f"{c}  {n}/{f}\n" for n in sorted(all_sums) for f, c in sorted(all_sums[n].items()))
+    write_text(root / "SHA256SUMS", "".join(lines))
 
 
 def report(folder: Path, sums: dict[str, str] | None) -> bool:

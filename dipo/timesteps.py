@@ -21,10 +21,8 @@ def ddim_timesteps(steps: int, spacing: str, train_steps: int = 1000, offset: in
     i = np.arange(steps)
     if spacing == "leading":
         stride = train_steps // steps
-        if (steps - 1) * (train_steps / steps - stride) >= train_steps / steps:
-            tau = i * train_steps // steps
-        else:
-            tau = i * stride
+        too_low = (steps - 1) * (train_steps / steps - stride) >= train_steps / steps
+        tau = i * train_steps // steps if too_low else i * stride
         tau = (tau + min(offset, train_steps - 1 - tau[-1]))[::-1]
     elif spacing == "trailing":
         tau = np.round(train_steps - i * (train_steps / steps)) - 1

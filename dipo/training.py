@@ -275,10 +275,8 @@ def prepare_batch(pipe: DiffusionPipeline, batch: dict, unconditional: list[torc
         given = encode_captions(pipe, batch["caption"])
     posterior = DiagonalGaussianDistribution(moments.float())
     z = posterior.mean + posterior.std * noise.transpose(0, 1).flatten(0, 1)
-    text, *pooled = (
-        torch.where(drop.view(-1, *[1] * (x.ndim - 1)), none, x).repeat(2, *[1] * (x.ndim - 1))
-        for x, none in zip(given, unconditional, strict=True)
-    )
+    given = [torch.where(drop.view(-1, *[1] * (x.ndim - 1)), y, x) for x, y in zip(given, unconditional, strict=True)]
+    text, *pooled = (torch.cat([x, x]) for x in given)
     height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
     return z * pipe.vae.config.scaling_factor, text_of(text, *(pooled or [None]), height, width)
 

@@ -159,9 +159,8 @@ def wins_of(votes: pd.DataFrame) -> pd.DataFrame:
     for (a, b), part in votes[votes["showing"] == "1"].groupby(["a", "b"], sort=False):
         groups = [("all", "", part)]
         groups += [(by, name, group) for by in ("category", "voter") for name, group in part.groupby(by, sort=False) if name]
-        lines += [
-            {"a": a, "b": b, "by": by, "name": name, **stats.win_rate(x["won"], 0 * x["won"])} for by, name, x in groups
-        ]
+        for by, name, x in groups:
+            lines.append({"a": a, "b": b, "by": by, "name": name, **stats.win_rate(x["won"], 0 * x["won"])})
     return pd.DataFrame(lines)
 
 
