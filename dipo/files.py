@@ -163,10 +163,8 @@ def read_record(path: Path) -> dict | None:
 
 
 def finished_images(folder: Path, wanted: dict[str, dict], overwrite: bool) -> dict[str, dict]:
-    """The records of those images that are in the folder and were made with the wanted settings, by file.
-
-    UserError for a file of other origin, which would be lost, and for other settings unless overwrite replaces them.
-    """
+    """The records of those images that are in the folder and were made with the wanted settings, by file. UserError for a
+    file of other origin, which would be lost, and for other settings unless overwrite replaces them."""
     done = {}
     for file, settings in wanted.items():
         record = read_record(folder / file)

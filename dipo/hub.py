@@ -161,9 +161,7 @@ def find_snapshot(source: Source, revision: str, folder: Path) -> Snapshot:
 
 def fetch(snapshot: Snapshot, file: File, bar: tqdm, use_cache: bool = True) -> None:
     """Bring one file into its folder, from the hub's cache or the hub, unless it is there in full size; or DownloadError.
-
-    It goes on where an earlier run stopped. (huggingface_hub's own snapshot_download did once; now it begins a file anew.)
-    """
+    It goes on where an earlier run stopped. (huggingface_hub's snapshot_download did once; now it begins a file anew.)"""
 
     def attempt() -> None:
         source, part, target = snapshot.source, snapshot.part(file), snapshot.folder / file.path

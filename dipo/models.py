@@ -192,11 +192,8 @@ def quiet_libraries() -> None:
 
 
 def ready(pipe: DiffusionPipeline, s, device: torch.device, less: str = "--dtype fp16") -> DiffusionPipeline:
-    """The pipeline on the device, its VAE in float32 where fp16 is too narrow for it.
-
-    s: the settings that named its parts. less: a flag that takes less memory. Raises UserError for a pipeline without one of
-    its text encoders, or too little memory.
-    """
+    """The pipeline on the device, its VAE in float32 where fp16 is too narrow for it. UserError for a pipeline that lacks
+    one of its text encoders, and for too little memory. less: a flag that takes less."""
     encoders = [part for part in pipe.components if part.startswith("text_encoder")]
     if any(getattr(pipe, part) is None for part in encoders):
         raise UserError(f"--base-model {s.base_model}: lacks one of its {len(encoders)} text encoders; use a base model")
@@ -279,10 +276,8 @@ def without_repetition(prompts: list[str]) -> tuple[list[str], list[int]]:
 
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, batch, guided: bool, negative_prompt: str = "") -> Text:
-    """The text for the B images of a batch: 2B rows with the unconditional half first where guided, else B.
-
-    An empty negative prompt means the model's own unconditional embeddings (SDXL's: zeros where its index says so).
-    """
+    """The text for the B images of a batch: 2B rows with the unconditional half first where guided, else B. An empty
+    negative prompt means the model's own unconditional embeddings (SDXL's: zeros where its index says so)."""
     unique, rows = without_repetition(batch.prompts)
     negative = [negative_prompt] * len(unique) if negative_prompt else None
     options = {"device": pipe.unet.device, "num_images_per_prompt": 1, "negative_prompt": negative}

@@ -72,11 +72,9 @@ def save_file(folder: Path, state: dict, file: str, rows: list[dict], features, 
 
 
 def fetch_pairs(root: Path, source: Source, wanted: int, revision: str) -> None:
-    """Stream the first wanted usable pairs into train-00000.parquet and so on in a folder of root, and the captions of
-    Pick-a-Pic's test set into test_unique.parquet, and their checksums into SHA256SUMS. Whole files of earlier runs are
-    kept, damaged ones made again.
-
-    Raises RepositoryError for what is wrong with the data set, DownloadError for the disk and the connection."""
+    """Stream the first wanted usable pairs into train-00000.parquet and so on in a folder of root, the captions of
+    Pick-a-Pic's test set into test_unique.parquet, and checksums into SHA256SUMS. Whole files of earlier runs are kept,
+    damaged ones made again. RepositoryError for what is wrong with the data set, DownloadError for disk and connection."""
     name = folder_name(source)
     folder = root / name
     try:

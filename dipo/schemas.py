@@ -179,11 +179,10 @@ def grouped(rows: datasets.IterableDataset, schema: Schema) -> datasets.Iterable
 def pairs_of(
     rows: datasets.IterableDataset, name: str, split: str = "train", ranked_pairs: str = "all"
 ) -> Callable[[dict], tuple[list[dict], int]]:
-    """A function, fit for other processes, from a row of open_dataset to its pairs, {"winner": picture, "loser": picture,
-    "caption": str} each, and how many ties are in it (1 for a row that cannot be used). A picture is bytes, a dict of bytes
-    and path, or a path. Of a ranked group, all pairs or the best against the worst.
-
-    Looks at the first rows. UserError where these are nearly all ties, or name pictures that are not there to be read."""
+    """A function from a row of open_dataset to its pairs, {"winner": picture, "loser": picture, "caption": str} each, and
+    how many ties are in it (1 for a row that cannot be used). A picture is bytes, a dict of bytes and path, or a path. Of a
+    ranked group, all pairs or the best against the worst. UserError where the first rows are nearly all ties, or name
+    pictures that are not there to be read."""
     schema = layout(rows, name, split)
     if len(schema.pictures) == 1 and not schema.choice:
         raise UserError(f"--dataset {name}: nobody has said which of its pictures are better; --relabel pickscore does")

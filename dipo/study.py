@@ -200,11 +200,9 @@ class Study:
 
     def results(self, *needed: Row) -> tuple[list[Row], pd.DataFrame]:
         """Score what lacks a score; the rows that have images, and those images that each of these rows has, so that
-        unfinished studies are compared in pairs too.
-
-        The images come with all that their records hold, and the columns variant, name (of the file), path, image (its
-        image_id), and each judge's score and logit. Raises UserError where there is none, or none of a row that is needed.
-        """
+        unfinished studies are compared in pairs too. These come with all that their records hold, and the columns variant,
+        name (of the file), path, image (its image_id), and each judge's score and logit. Raises UserError where there is
+        none, or none of a row that is needed."""
         self.bar.close()
         clear_device_cache(garbage_collection=True)
         self.state.wait_for_everyone()

@@ -43,11 +43,8 @@ def asked_rows(s, variants: list[str], *default: str) -> tuple[str, ...]:
 
 def ask(s, folder: Path, images: pd.DataFrame, judges: list[Judge], rows: tuple[str, ...], paper=None) -> list[Path]:
     """Write vote.html about two rows into a folder and, with --votes, tables of what people said of any two, which are
-    printed too. Returns the files.
-
-    images: a row for each, with the columns variant, path, prompt, seed, category, image and each judge's score. paper: how
-    often the paper has the first of two rows chosen, 0 to 1, by the two.
-    """
+    printed too. Returns the files. images: a row for each, with the columns variant, path, prompt, seed, category, image
+    and each judge's score. paper: how often the paper has the first of two rows chosen, 0 to 1, by the two."""
     order = list(dict.fromkeys(images["variant"]))
     a, b = sorted(rows, key=order.index)
     pairs = pairs_of(images, a, b)
