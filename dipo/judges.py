@@ -1,8 +1,6 @@
 """Models of human preference and of agreement with the prompt. A judge gives scores of N images and their N prompts."""
 
 import contextlib
-import logging
-import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -142,22 +140,14 @@ class HPSv2(Judge):
         model, version = self.values
         with loading("hpsv2", model, HPSV2_FILES[version]):
             path = checkpoint(model, HPSV2_FILES[version])
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
             name, tokenize = "ViT-H-14", None
             if config := next(path.parent.glob("*-hpsv2.json"), None):
                 open_clip.add_model_config(config)
                 name, tokenize = config.stem, HFTokenizer(str(path.parent / "tokenizer"), context_length=77)
             precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                # It would warn that the model has no weights yet.
-                logging.disable(logging.WARNING)
-                self.model = open_clip.create_model(name, precision=precision).eval()
-                logging.disable(logging.NOTSET)
-            self.model.load_state_dict(weights)
+            self.model = open_clip.create_model(name, pretrained=str(path), precision=precision).eval()
             self.tokenize = tokenize or open_clip.get_tokenizer(name)
-        size = self.model.visual.image_size
-        self.size, self.dtype = size[0] if isinstance(size, tuple) else size, dtype
+        self.size, self.dtype = self.model.visual.image_size[0], dtype
         self.logit_scale = self.model.logit_scale.exp().item()
 
     @torch.inference_mode()
