@@ -65,7 +65,7 @@ from matplotlib.figure import Figure
 
 from dipo import stats
 from dipo.batches import Batch
-from dipo.checks import check_at_least, check_etas, check_sampling, check_steps, completed, papers
+from dipo.checks import check_sampling, completed, papers
 from dipo.compiled import projected_once
 from dipo.figures import BLUE, GREY, ORANGE, describe, save_plot
 from dipo.files import write_csv
@@ -242,9 +242,6 @@ def plot_eta(s: Settings, means: pd.DataFrame, moved: pd.DataFrame, judges: list
 def main(s: Settings) -> None:
     s = completed(s, DEMO, PAPER_TERMS)
     check_sampling(s)
-    check_steps("num-inference-steps", s.num_inference_steps)
-    check_etas("etas", *s.etas)
-    check_at_least(s, redraws=0)
     s, steps = fitted(s), s.num_inference_steps
     rows = [Row(variant=f"eta-{eta:g}", label=f"η = {eta:g}", steps=steps, eta=eta) for eta in sorted(s.etas)]
     redrawn = [

@@ -64,7 +64,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from tqdm import tqdm
 
 from dipo.batches import Batch, Batches
-from dipo.checks import check_etas, check_sampling, check_steps, check_timesteps, completed
+from dipo.checks import check_sampling, check_timesteps, completed
 from dipo.compiled import projected_once
 from dipo.devices import DTYPES, claimed, dtype_for, start
 from dipo.files import fingerprint, finished_images, lora_names, read_record, writable_folder, write_csv
@@ -189,8 +189,7 @@ def report(s: Settings, paths: list[Path], new: dict[Path, dict]) -> None:
 
 def check_settings(s: Settings) -> None:
     """Raise UserError for every value that can be judged without loading a model."""
-    check_steps("num-inference-steps", s.num_inference_steps)
-    check_etas("eta", s.eta)
+    check_sampling(s)
     check_timesteps(s.timesteps)
     if s.timestep_spacing == "ays" and s.num_inference_steps > 50:
         raise cli.UserError(f"--timestep-spacing ays: made for few steps, not {s.num_inference_steps}; use 50 or fewer")
@@ -202,7 +201,6 @@ def check_settings(s: Settings) -> None:
             )
         if s.guidance_scale <= 1:
             raise cli.UserError(f"--guidance-interval: --guidance-scale {s.guidance_scale:g} switches it off; use above 1")
-    check_sampling(s)
 
 
 def main(s: Settings) -> None:

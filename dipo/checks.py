@@ -42,7 +42,10 @@ def check_sampling(s: SamplingSettings) -> None:
     """Raise UserError for every value that can be judged without loading a model."""
     if not math.isfinite(s.guidance_scale):
         raise UserError(f"--guidance-scale {s.guidance_scale}: use a finite number, SDXL's usual range is 5 to 8")
-    check_at_least(s, limit=1, images_per_prompt=1, batch_size=1, grid_prompts=1, scoring_batch_size=1)
+    check_at_least(s, limit=1, images_per_prompt=1, batch_size=1, grid_prompts=1, scoring_batch_size=1, redraws=0)
+    for name, check in NUMBERS.items():
+        if (value := getattr(s, name, None)) is not None:
+            check(name.replace("_", "-"), *(value if isinstance(value, tuple) else (value,)))
     if not s.output_dir.strip():
         raise UserError("--output-dir is empty: give a folder")
     if not 0 <= s.seed < 2**62:
@@ -83,6 +86,11 @@ def check_different(flag: str, *values: float) -> None:
     """Raise UserError for no value, or for one that stands twice as far as folders' names show it."""
     if not values or len({f"{x:g}" for x in values}) < len(values):
         raise UserError(f"--{flag} {' '.join(map(str, values))}: give one or more, and none twice")
+
+
+# How a script's settings of these names are checked, of one number or of several.
+NUMBERS = dict.fromkeys(("num_inference_steps", "steps", "dipo_steps", "baseline_steps"), check_steps)
+NUMBERS |= {"eta": check_etas, "etas": check_etas}
 
 
 def check_models(s) -> None:
