@@ -188,10 +188,8 @@ def check_room(root: Path, snapshots: list[Snapshot], dataset: tuple | None) -> 
     free = shutil.disk_usage(root).free
     print(f"to fetch: {readable(needed)}; free on the disk of {root.absolute()}: {readable(free)}", flush=True)
     if needed > free:
-        raise DownloadError(
-            f"{root.absolute()}: {readable(needed)} needed, {readable(free)} free; make room, or give another folder with "
-            "--output-dir"
-        )
+        what = f"{readable(needed)} needed, {readable(free)} free"
+        raise DownloadError(f"{root.absolute()}: {what}; make room, or give another folder with --output-dir")
 
 
 def print_use(root: Path, dataset: str) -> None:

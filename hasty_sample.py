@@ -196,9 +196,8 @@ def check_settings(s: Settings) -> None:
     if s.guidance_interval:
         low, high = s.guidance_interval
         if not 0 <= low < high < math.inf:
-            raise cli.UserError(
-                f"--guidance-interval {low} {high}: use two noise levels, the lower one first; SDXL's go from 0.03 to 14.6"
-            )
+            what = "use two noise levels, the lower one first; SDXL's go from 0.03 to 14.6"
+            raise cli.UserError(f"--guidance-interval {low} {high}: {what}")
         if s.guidance_scale <= 1:
             raise cli.UserError(f"--guidance-interval: --guidance-scale {s.guidance_scale:g} switches it off; use above 1")
 

@@ -95,10 +95,9 @@ class RunBatch(Batch):
         for path, picture, record, is_finite in zip(self.paths, pictures, self.records, finite, strict=True):
             if not is_finite:
                 self.run.wait()
-                raise UserError(
-                    f"the image of prompt {record['prompt']!r} with seed {record['seed']} came out with NaN; try --dtype "
-                    "bf16 or fp32, and with fp16 a VAE that can stand it (madebyollin/sdxl-vae-fp16-fix)"
-                )
+                what = f"the image of prompt {record['prompt']!r} with seed {record['seed']} came out with NaN"
+                advice = "try --dtype bf16 or fp32, and with fp16 a VAE that can stand it (madebyollin/sdxl-vae-fp16-fix)"
+                raise UserError(f"{what}; {advice}")
             written = self.run.writer.submit(save_png, path, picture, record | self.measured | more | VERSIONS)
             self.run.writing.append(written)
         if self.run.timing:

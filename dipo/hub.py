@@ -196,9 +196,8 @@ def verify(snapshot: Snapshot, bar: tqdm) -> None:
         fetch(snapshot, file, bar, use_cache=False)
         if reason := damage(folder, file):
             (folder / file.path).unlink(missing_ok=True)
-            raise RepositoryError(
-                f"{source.repo}: {file.path} arrived {reason} and was deleted; run this again, or use a mirror (HF_ENDPOINT)"
-            )
+            what = f"{file.path} arrived {reason} and was deleted"
+            raise RepositoryError(f"{source.repo}: {what}; run this again, or use a mirror (HF_ENDPOINT)")
 
 
 def fetch_all(snapshots: list[Snapshot], failed: list[RepositoryError]) -> None:

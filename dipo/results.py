@@ -165,8 +165,6 @@ def upload_result(s, out: Path, step: int) -> None:
         huggingface_hub.upload_folder(repo_id=s.push_to_hub, folder_path=out, **what)
     except Exception as e:
         command = ["hf", "upload", s.push_to_hub, str(out), ".", "--private", *(f"--include={x}" for x in files)]
-        raise UserError(
-            f"--push-to-hub {s.push_to_hub}: not uploaded ({first_line(e)}); the result is kept in {out}, upload it with "
-            f"{shlex.join(command)}"
-        ) from e
+        what = f"not uploaded ({first_line(e)}); the result is kept in {out}, upload it with {shlex.join(command)}"
+        raise UserError(f"--push-to-hub {s.push_to_hub}: {what}") from e
     print(f"{out}: uploaded to {url}")

@@ -199,10 +199,8 @@ def pairs_of(
     if {"2", "2.0"} & {*labels} and not {"0", "0.0"} & {*labels}:
         raise UserError(f"--dataset {name}: {schema.choice} is 1 or 2; write 1 where the first is better, and else 0")
     if len(labels) >= 50 and found < len(labels) / 100:
-        raise UserError(
-            f"--dataset {name}: {len(labels) - found} of the first {len(labels)} rows are ties or have no label that is "
-            f"known; {schema.choice} is {', '.join(labels[:5])} ..."
-        )
+        what = f"{len(labels) - found} of the first {len(labels)} rows are ties or have no label that is known"
+        raise UserError(f"--dataset {name}: {what}; {schema.choice} is {', '.join(labels[:5])} ...")
     return find
 
 

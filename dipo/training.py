@@ -333,12 +333,9 @@ def first_errors(progress: dict, m_w: float, m_l: float) -> tuple[float, float]:
 
 def drift_error(step: int, mse: float, reference_mse: float, max_ratio: float) -> UserError | None:
     """What to raise where the model's noise error is more than max_ratio times the reference's."""
-    if mse > max_ratio * reference_mse:
-        return UserError(
-            f"step {step}: the noise error {mse:.4f} exceeds {max_ratio:g} times the reference's {reference_mse:.4f}; start "
-            "again with a lower --learning-rate, or --resume with a larger --max-mse-ratio"
-        )
-    return None
+    what = f"step {step}: the noise error {mse:.4f} exceeds {max_ratio:g} times the reference's {reference_mse:.4f}"
+    advice = "start again with a lower --learning-rate, or --resume with a larger --max-mse-ratio"
+    return UserError(f"{what}; {advice}") if mse > max_ratio * reference_mse else None
 
 
 def warn_of_displacement(metrics: Path, progress: dict) -> None:
@@ -354,10 +351,9 @@ def warn_of_displacement(metrics: Path, progress: dict) -> None:
     falls = last.loss.mean() < table.loss[0] - 2 * last.loss.sem()
     if falls and share > 1 and change.mean() > 2 * change.sem():
         progress["displaced"] = True
-        warn(
-            f"the loss falls, but the winners' noise error has grown by {share:.2g} % (likelihood displacement); if "
-            "pictures suffer, use --winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate"
-        )
+        what = f"the loss falls, but the winners' noise error has grown by {share:.2g} % (likelihood displacement)"
+        advice = "use --winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate"
+        warn(f"{what}; if pictures suffer, {advice}")
 
 
 @contextlib.contextmanager
@@ -366,7 +362,5 @@ def out_of_memory_told(pairs: int):
     try:
         yield
     except torch.OutOfMemoryError as e:
-        raise UserError(
-            f"the GPU's memory does not hold {pairs} pairs of this size; use a smaller --train-batch-size, "
-            "--gradient-checkpointing, --optimizer adafactor, or --lora-rank 64"
-        ) from e
+        advice = "use a smaller --train-batch-size, --gradient-checkpointing, --optimizer adafactor, or --lora-rank 64"
+        raise UserError(f"the GPU's memory does not hold {pairs} pairs of this size; {advice}") from e
