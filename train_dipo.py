@@ -350,7 +350,7 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
 def keep(s: Settings, accelerator: Accelerator, out: Path, progress: dict, position: dict) -> None:
     """A checkpoint, loss.png up to it, and a warning where the metrics give reason for one."""
     checkpoints.save_checkpoint(accelerator, out, progress, position, s.keep_checkpoints)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and (out / "metrics.csv").exists():
         plot_metrics(out, losses.STARTS.get(s.loss))
         training.warn_of_displacement(out / "metrics.csv", progress)
 

@@ -1,5 +1,4 @@
-"""Winner and loser by a judge instead of the data set's labels: scored once into the cache's folder, killed at any moment
-and going on."""
+"""Winner and loser by a judge instead of the data set's labels, scored once in the cache's folder; a killed run goes on."""
 
 import hashlib
 import itertools

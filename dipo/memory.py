@@ -28,8 +28,7 @@ FORMULAS = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
-# Sizes of GPUs, the bytes in each of their GB that are there to be used, and the bytes that CUDA, its libraries and gaps
-# between tensors are taken to need.
+# Sizes of GPUs, what can be used of each of their GB, and what CUDA, its libraries and gaps are taken to need, in bytes.
 GPUS, USABLE, RESERVE = (12, 16, 24, 40, 48, 80, 96, 141), 0.94 * 2**30, 1.5e9
 
 

@@ -1,5 +1,4 @@
-"""The first usable pairs of a hub data set, streamed into parquet files: a run that was stopped goes on, damage is made
-good."""
+"""The first usable pairs of a hub data set as parquet files: a run that was stopped goes on, damage is made good."""
 
 import contextlib
 import functools

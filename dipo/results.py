@@ -57,8 +57,6 @@ def validate(s, pipe, unet, prompts: list[str], accelerator: Accelerator, out: P
 def plot_metrics(out: Path, start: float | None) -> None:
     """loss.png: loss (with a line at its start, where that is known), implicit accuracy, and how the noise errors of winners
     and losers changed, over the steps, each step and a running mean."""
-    if not (out / "metrics.csv").exists():
-        return
     table = pd.read_csv(out / "metrics.csv")
     window = max(1, len(table) // 20)
     errors, changes = (table.reindex(columns=[f"{side}_{x}" for side in ("winner", "loser")]) for x in ("mse", "change"))

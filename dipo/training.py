@@ -342,7 +342,7 @@ def warn_of_displacement(metrics: Path, progress: dict) -> None:
     """Once in a run, a warning where over the last 20 steps the loss is below the first step's and the winners' noise error
     above the reference's, each by more than two standard errors, and the error by more than 1 %, as less comes and goes.
     progress: gets a note of it."""
-    table = pd.read_csv(metrics) if metrics.exists() else pd.DataFrame()
+    table = pd.read_csv(metrics)
     last = table.tail(20)
     if progress.get("displaced") or len(last) < 20 or "winner_change" not in last:
         return
