@@ -150,8 +150,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     where a row has more cells than the header, which pandas would take for an index."""
     text = read_text(path)
     cells = {s: next(csv.reader(io.StringIO(text.lstrip("\r\n")), delimiter=s), []) for s in SEPARATORS}
-    known = {s: named_column(pd.DataFrame(columns=header), PROMPT) is not None for s, header in cells.items()}
-    separator = max(SEPARATORS, key=lambda s: (known[s], len(cells[s])))
+    separator = max(SEPARATORS, key=lambda s: (bool({*PROMPT} & {*plain(cells[s])}), len(cells[s])))
     # Under a header of one cell the lines are whole, whatever they hold.
     options = {"sep": separator if len(cells[separator]) > 1 else "\x1f", "skipinitialspace": True}
     too_wide = f"a row has more cells than the header; put quotes around prompts with {SEPARATORS[separator]}"
