@@ -160,8 +160,7 @@ class HPSv2(Judge):
         length = int(ids.argmax(dim=-1).max()) + 1
         short = {"positional_embedding": model.positional_embedding[:length]}
         short |= {"attn_mask": model.attn_mask[:length, :length]}
-        text = torch.func.functional_call(model, short, kwargs={"text": ids[:, :length].to(device)})
-        text = text["text_features"] if isinstance(text, dict) else text[1]
+        _, text, *_ = torch.func.functional_call(model, short, kwargs={"text": ids[:, :length].to(device)})
         image = model.encode_image(pixels, normalize=True)
         return (image.float() * text.float()[rows]).sum(dim=-1).cpu()
 

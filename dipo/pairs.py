@@ -3,7 +3,6 @@
 import collections
 import math
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,10 +21,9 @@ START = {"epoch": 0, "block": 0, "first": 0, "before": 0, "rows": None}
 
 
 def quiet_data() -> None:
-    """No loading bars of the libraries that read, and no advice."""
+    """No loading bars of what reads, and no advice."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".*set_vital.*")
 
 
 def check_usable(rows: datasets.IterableDataset, pairs_of, name: str) -> None:
