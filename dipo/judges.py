@@ -45,7 +45,7 @@ class Judge:
     """What judges have in common. One is made of the values of its settings; load(dtype) reads its weights, to the CPU.
 
     name is the column in scores.csv, label what tables and plots call it, with so many digits. source says which model it
-    is, weights names the folders or files that hold it.
+    is, weights names the folders or files that hold it, the first of the values, as many as there are holders.
 
     Where the judge is a model of preference (Bradley-Terry), the difference of two scores, times logit_scale, is the logit
     of the probability that the first is preferred; logit is the column of scores.csv that holds score times logit_scale.
@@ -54,11 +54,11 @@ class Judge:
     name = label = source = logit = ""
     logit_scale: float | None = None
     settings: tuple[str, ...] = ()
-    digits = 4
+    digits, holders = 4, 1
     model: torch.nn.Module | None = None
 
     def __init__(self, *values: str):
-        self.values, self.source, self.weights = values, " ".join(values), values[:1]
+        self.values, self.source, self.weights = values, " ".join(values), values[: self.holders]
 
     def ready(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Have the weights read, once, and on the device."""
@@ -197,11 +197,7 @@ class Aesthetic(Judge):
     """LAION's improved aesthetic predictor (Schuhmann et al. 2022): linear layers on the normalised image embedding of
     OpenAI's CLIP ViT-L/14, trained on ratings of 1 to 10. It does not see the prompt."""
 
-    name, label, digits, settings = "aesthetic", "aesthetic score", 3, ("aesthetic", "aesthetic_clip")
-
-    def __init__(self, *values: str):
-        super().__init__(*values)
-        self.weights = values
+    name, label, digits, settings, holders = "aesthetic", "aesthetic score", 3, ("aesthetic", "aesthetic_clip"), 2
 
     def load(self, dtype: torch.dtype) -> None:
         model, clip = self.values

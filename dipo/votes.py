@@ -164,12 +164,15 @@ def wins_of(votes: pd.DataFrame) -> pd.DataFrame:
 def agreement_of(votes: pd.DataFrame, judges: list[Judge]) -> pd.DataFrame:
     """For each two rows how voters agree with each other (Krippendorff's alpha), each with himself where a pair came again,
     and each judge with people, as a share of their votes without ties: measure, n, agreement and its ends _low, _high."""
+    from nltk.metrics.agreement import AnnotationTask  # slow to import
+
     lines = []
     for (a, b), part in votes.groupby(["a", "b"], sort=False):
         first = part[part["showing"] == "1"]
         shared = first[first.groupby("pair")["voter"].transform("size") > 1]
         if len(shared):
-            value = {"n": shared["pair"].nunique(), "agreement": alpha(shared)}
+            alpha = AnnotationTask(shared[["voter", "pair", "won"]].itertuples(index=False, name=None)).alpha()
+            value = {"n": shared["pair"].nunique(), "agreement": alpha}
             lines.append({"a": a, "b": b, "name": "voters", "measure": "alpha"} | value)
         again = part.pivot(index=["voter", "pair"], columns="showing", values="won").reindex(columns=["1", "2"]).dropna()
         for voter, x in again.groupby("voter", sort=False):
@@ -180,13 +183,6 @@ def agreement_of(votes: pd.DataFrame, judges: list[Judge]) -> pd.DataFrame:
             sides = np.sign(decided[f"{judge.name}_a"] - decided[f"{judge.name}_b"]) * decided["won"]
             lines.append({"a": a, "b": b, "name": judge.label, "measure": "same choice as people"} | share(sides))
     return pd.DataFrame(lines)
-
-
-def alpha(votes: pd.DataFrame) -> float:
-    """Krippendorff's alpha, nominal, of votes by voter and pair."""
-    from nltk.metrics.agreement import AnnotationTask  # slow to import
-
-    return AnnotationTask(votes[["voter", "pair", "won"]].itertuples(index=False, name=None)).alpha()
 
 
 def share(sides) -> dict[str, float]:
