@@ -51,7 +51,7 @@ class Judge:
     of the probability that the first is preferred; logit is the column of scores.csv that holds score times logit_scale.
     """
 
-    name = label = source = logit = ""
+    name = label = logit = ""
     logit_scale: float | None = None
     settings: tuple[str, ...] = ()
     digits, holders = 4, 1

@@ -1,5 +1,6 @@
 """Prompts from files, folders and known data sets."""
 
+import contextlib
 import csv
 import functools
 import io
@@ -132,16 +133,12 @@ def one_line(text: str) -> str:
 def read_text(path: Path) -> str:
     """A file in UTF-8, UTF-16 (by its mark) or cp1252, of which latin-1's letters are a part. ValueError for other bytes."""
     data = path.read_bytes()
-    for encoding in ("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "cp1252"):
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if encoding == "cp1252" and "\0" in text:
-            break
-        if encoding == "cp1252":
+    with contextlib.suppress(UnicodeDecodeError):
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    with contextlib.suppress(UnicodeDecodeError):
+        if "\0" not in (text := data.decode("cp1252")):
             warn(f"{path} is not in UTF-8 and was read as cp1252; save it as UTF-8 if letters come out wrong")
-        return text
+            return text
     raise ValueError("no text in UTF-8, UTF-16 or cp1252")
 
 
