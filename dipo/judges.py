@@ -20,19 +20,6 @@ from dipo.models import quiet_libraries, reason, without_repetition
 HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
-@contextlib.contextmanager
-def loading(flag: str, name: str, *files: str):
-    """UserError instead of whatever goes wrong while a judge's weights (of these files) are loaded."""
-    try:
-        yield
-    except Exception as e:
-        what = f"--{flag} {name}: {' and '.join(files) or 'the model'} cannot be loaded ({reason(e)})"
-        raise UserError(
-            f"{what}; fetch it with download_models.py or hf download, or set {flag.replace('-', '_')} at the top of the "
-            "script to a copy; what is made already is kept"
-        ) from e
-
-
 def checkpoint(name: str, file: str, *beside: str) -> Path:
     """A checkpoint: name itself where that is a file, else this file in that folder or, with those beside it, repository."""
     path = find_path(name)
@@ -67,6 +54,17 @@ class Judge:
             self.load(dtype)
         self.model.to(device)
 
+    @contextlib.contextmanager
+    def loading(self, k: int, *files: str):
+        """Value k as a path or hub name, and UserError for whatever goes wrong while these files are loaded from there."""
+        name, setting = self.values[k], self.settings[k]
+        try:
+            yield str(find_path(name) or name)
+        except Exception as e:
+            flag, what = setting.replace("_", "-"), f"{' and '.join(files) or 'the model'} cannot be loaded ({reason(e)})"
+            advice = f"fetch it with download_models.py or hf download, or set {setting} at the top of the script to a copy"
+            raise UserError(f"--{flag} {name}: {what}; {advice}; what is made already is kept") from e
+
 
 class ClipJudge(Judge):
     """A judge that is a CLIPModel of transformers with its processor; of_cosine makes its scores."""
@@ -92,12 +90,10 @@ class PickScore(ClipJudge):
     logit, logit_scale, settings = "pickscore", 1.0, ("pickscore", "pickscore_processor")
 
     def load(self, dtype: torch.dtype) -> None:
-        model, processor = self.values
-        with loading("pickscore", model, "config.json", "model.safetensors"):
-            path = str(find_path(model) or model)
+        with self.loading(0, "config.json", "model.safetensors") as path:
             self.model = CLIPModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True).eval()
-        with loading("pickscore-processor", processor):
-            self.processor = AutoProcessor.from_pretrained(str(find_path(processor) or processor))
+        with self.loading(1) as path:
+            self.processor = AutoProcessor.from_pretrained(path)
 
     def of_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
         return self.model.logit_scale.exp().float() * cosine
@@ -111,8 +107,7 @@ class CLIPScore(ClipJudge):
     prefix = "A photo depicts "
 
     def load(self, dtype: torch.dtype) -> None:
-        with loading("clip", self.source):
-            path = str(find_path(self.source) or self.source)
+        with self.loading(0) as path:
             # OpenAI's repository has no safetensors on its main branch; torch.load reads its weights only, no code.
             self.model = CLIPModel.from_pretrained(path, torch_dtype=dtype).eval()
             self.processor = AutoProcessor.from_pretrained(path)
@@ -137,9 +132,9 @@ class HPSv2(Judge):
     name, label, logit, settings = "hpsv2", "HPSv2", "hpsv2_logit", ("hpsv2", "hpsv2_version")
 
     def load(self, dtype: torch.dtype) -> None:
-        model, version = self.values
-        with loading("hpsv2", model, HPSV2_FILES[version]):
-            path = checkpoint(model, HPSV2_FILES[version])
+        file = HPSV2_FILES[self.values[1]]
+        with self.loading(0, file) as path:
+            path = checkpoint(path, file)
             name, tokenize = "ViT-H-14", None
             if config := next(path.parent.glob("*-hpsv2.json"), None):
                 open_clip.add_model_config(config)
@@ -174,11 +169,10 @@ class ImageReward(Judge):
     mean, logit_scale = 0.16717362830052426, 1.0333394966054072
 
     def load(self, dtype: torch.dtype) -> None:
-        model, tokenizer = self.values
-        with loading("imagereward", model, "ImageReward.pt", "med_config.json"):
-            self.model = load_imagereward(checkpoint(model, "ImageReward.pt", "med_config.json"), dtype)
-        with loading("imagereward-tokenizer", tokenizer):
-            self.tokenizer = AutoTokenizer.from_pretrained(str(find_path(tokenizer) or tokenizer))
+        with self.loading(0, "ImageReward.pt", "med_config.json") as path:
+            self.model = load_imagereward(checkpoint(path, "ImageReward.pt", "med_config.json"), dtype)
+        with self.loading(1) as path:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
             # BLIP's, behind BERT's own.
             self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
 
@@ -200,14 +194,13 @@ class Aesthetic(Judge):
     name, label, digits, settings, holders = "aesthetic", "aesthetic score", 3, ("aesthetic", "aesthetic_clip"), 2
 
     def load(self, dtype: torch.dtype) -> None:
-        model, clip = self.values
-        with loading("aesthetic", model, "aesthetic-model.pth"):
-            weights = torch.load(checkpoint(model, "aesthetic-model.pth"), map_location="cpu", weights_only=True)
+        with self.loading(0, "aesthetic-model.pth") as path:
+            weights = torch.load(checkpoint(path, "aesthetic-model.pth"), map_location="cpu", weights_only=True)
             width = weights["layers.0.weight"].shape[1]
             head = torch.nn.ModuleDict({"layers": linear_head(width)})
             head.load_state_dict(weights)
-        with loading("aesthetic-clip", clip):
-            vision = CLIPVisionModelWithProjection.from_pretrained(str(find_path(clip) or clip), torch_dtype=dtype)
+        with self.loading(1) as path:
+            vision = CLIPVisionModelWithProjection.from_pretrained(path, torch_dtype=dtype)
             if vision.config.projection_dim != width:
                 raise ValueError(f"it embeds in {vision.config.projection_dim} dimensions, the predictor takes {width}")
         self.model = torch.nn.ModuleDict({"image": vision, "head": head["layers"].float()}).eval()
