@@ -112,8 +112,8 @@ def pickapic_captions(name: str) -> list[str]:
 
 
 def by_category(table: pd.DataFrame, categories: tuple[str, ...], limit: int | None, source: str) -> pd.DataFrame:
-    """The prompts of these categories (of all without any), the first `limit` of each. Categories come in turn, so that a
-    larger limit adds prompts at the end only. UserError for a category that source lacks."""
+    """The prompts of these categories (of all without any), the first `limit` of each, categories in turn: a larger limit
+    adds prompts at the end only. UserError for a category that source lacks."""
     there = list(dict.fromkeys(table["category"]))
     if unknown := [c for c in categories if c not in there]:
         known = f"its categories are {', '.join(there)}" if any(there) else "its prompts have no categories"

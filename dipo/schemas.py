@@ -59,8 +59,7 @@ LOOK = 1000
 
 
 def open_dataset(name: str, split: str = "train") -> datasets.IterableDataset:
-    """A hub data set, file or folder as a stream of rows with the columns of one of SCHEMAS, pictures still encoded.
-    Raises UserError where there is none, or none that is known."""
+    """A hub data set, file or folder as a stream of rows of one of SCHEMAS, pictures still encoded. UserError for none."""
     path = find_path(name)
     if not path and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(f"--dataset {name!r}: no such file or folder; give files or a hub name, or try --demo")
@@ -179,10 +178,9 @@ def grouped(rows: datasets.IterableDataset, schema: Schema) -> datasets.Iterable
 def pairs_of(
     rows: datasets.IterableDataset, name: str, split: str = "train", ranked_pairs: str = "all"
 ) -> Callable[[dict], tuple[list[dict], int]]:
-    """A function from a row of open_dataset to its pairs, {"winner": picture, "loser": picture, "caption": str} each, and
-    how many ties are in it (1 for a row that cannot be used). A picture is bytes, a dict of bytes and path, or a path. Of a
-    ranked group, all pairs or the best against the worst. UserError where the first rows are nearly all ties, or name
-    pictures that are not there to be read."""
+    """A function from a row of open_dataset to its pairs (of a ranked group, all or the best against the worst), {"winner":
+    picture, "loser": picture, "caption": str} each, and its number of ties (1 for an unusable row). A picture is bytes, a
+    dict of bytes and path, or a path. UserError where the first rows are nearly all ties, or name pictures outside."""
     schema = layout(rows, name, split)
     if len(schema.pictures) == 1 and not schema.choice:
         raise UserError(f"--dataset {name}: nobody has said which of its pictures are better; --relabel pickscore does")

@@ -29,8 +29,7 @@ def prompt_means(scores: pd.Series) -> tuple[int, float, float, float]:
 
 
 def by_variant(images: pd.DataFrame, name: str) -> pd.DataFrame:
-    """One score of images as a table: a row for each prompt and seed, a column for each variant. images: a row for each,
-    with the columns variant, prompt, seed and the score."""
+    """One score of images (with the columns variant, prompt, seed and the score) by prompt and seed, a column a variant."""
     return images.pivot_table(index=["prompt", "seed"], columns="variant", values=name, sort=False)
 
 
