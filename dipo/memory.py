@@ -2,7 +2,6 @@
 seconds, under torch's FakeTensorMode, whose tensors have shapes and no numbers."""
 
 import math
-import os
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from accelerate.utils import parse_flag_from_env
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -185,9 +185,10 @@ def spread(need: Need, unet: UNet2DConditionModel, shards: int) -> Need:
 
 def told(s, processes: int) -> str:
     """What --dry-run says: memory by part, the GPUs that have it, operations and time. UserError for DeepSpeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("--dry-run: knows FSDP (configs/fsdp.yaml), not DeepSpeed; launch without its configuration")
-    need = predict(s, processes if training.fsdp_is_asked() else 0)
+    # As it was asked for: without GPUs accelerate takes no FSDP.
+    need = predict(s, processes if parse_flag_from_env("ACCELERATE_USE_FSDP") else 0)
     held = [f"{k.replace('_', ' ')} {v / 1e9:.3g}" for k, v in need._asdict().items() if k != "flops" and v]
     days = need.flops * s.effective_batch_size * s.max_train_steps / processes / (s.tflops * 1e12) / 86400
     fits = f"GPUs of {', '.join(map(str, need.fits))}" if need.fits else f"no GPU of up to {GPUS[-1]}"

@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 import transformers
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, is_bnb_available, is_wandb_available
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils.imports import is_bnb_available, is_wandb_available
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
@@ -72,13 +73,14 @@ def result_flags(s, name: str) -> str:
 def open_accelerator(s, out: Path) -> Accelerator:
     """The processes of this launch. UserError where the batch does not divide, or for what FSDP and DeepSpeed cannot do."""
     steps = accumulation_steps(s.effective_batch_size, s.train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
+    # FSDP would add up whole gradients on each device.
+    accumulation = GradientAccumulationPlugin(num_steps=steps, sync_each_batch=parse_flag_from_env("ACCELERATE_USE_FSDP"))
     accelerator = Accelerator(
         cpu=on_cpu(s.device),
         mixed_precision=s.mixed_precision,
         log_with=["tensorboard", "wandb"] if s.wandb else ["tensorboard"],
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
-        # FSDP would add up whole gradients on each device.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps, sync_each_batch=fsdp_is_asked()),
+        gradient_accumulation_plugin=accumulation,
         kwargs_handlers=[
             # A process that encodes or writes keeps the others waiting longer than the ten minutes that NCCL would allow.
             InitProcessGroupKwargs(timeout=timedelta(days=1)),
@@ -176,11 +178,6 @@ def base_model(accelerator: Accelerator, model: torch.nn.Module, unet: UNet2DCon
 def in_parts(accelerator: Accelerator) -> bool:
     """Whether weights or optimizer are spread over the processes."""
     return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
-
-
-def fsdp_is_asked() -> bool:
-    """Whether accelerate launch was given FSDP, which it takes on GPUs only."""
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def set_parts(s, accelerator: Accelerator, unet: UNet2DConditionModel) -> None:
