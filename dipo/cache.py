@@ -78,8 +78,7 @@ def filled(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator, res
         counts = {k: sum(x["counts"][k] for x in records) for k in ("pairs", "ties", "unreadable")}
         if not counts["pairs"]:
             raise UserError(f"--dataset {s.dataset}: no usable pair in it ({counts['ties']} ties)")
-        shapes = next(x["shapes"] for x in records if x["shapes"])
-        note |= {"complete": True, "shapes": shapes, "counts": counts}
+        note |= {"complete": True, "shapes": next(x["shapes"] for x in records if x["shapes"]), "counts": counts}
         if accelerator.is_main_process:
             write_text(folder / "cache.json", json.dumps(note))
         accelerator.wait_for_everyone()

@@ -65,8 +65,7 @@ def save_file(folder: Path, state: dict, file: str, rows: list[dict], features, 
 
     with written_whole(folder / file) as part:
         datasets.Dataset.from_list(rows, features=features).to_parquet(part)
-    pairs = len(rows) if position else 0
-    state["files"][file] = {"pairs": pairs, "sha256": sha256(folder / file), "position": position}
+    state["files"][file] = {"pairs": len(rows) if position else 0, "sha256": sha256(folder / file), "position": position}
     write_text(folder / "state.json", json.dumps(state))
 
 

@@ -1,5 +1,4 @@
-"""Models in one .safetensors file, in the original layout or, of a part alone, in that of diffusers: what a file holds, as
-its header says it, and how it is loaded."""
+"""Models in one .safetensors file, in the original layout or (a part) in diffusers': what it holds, and how it is loaded."""
 
 import json
 import re

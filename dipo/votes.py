@@ -87,12 +87,9 @@ def pairs_of(images: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
 
 def write_page(path: Path, pairs: pd.DataFrame, a: str, b: str) -> Path:
     """The page for pairs of the rows a and b, whose pictures it finds from where it lies."""
-
-    def source(picture: Path) -> str:
-        return quote(Path(os.path.relpath(picture, path.parent)).as_posix())
-
     names = {"pair": pairs["pair"], "prompt": pairs["prompt"].map(without_apostrophe), "fingerprint": pairs["pictures"]}
-    pictures = [[source(x), source(y)] for x, y in zip(pairs["path_a"], pairs["path_b"], strict=True)]
+    both = zip(pairs["path_a"], pairs["path_b"], strict=True)
+    pictures = [[quote(Path(os.path.relpath(x, path.parent)).as_posix()) for x in two] for two in both]
     study = {"rows": [a, b], "pairs": pd.DataFrame(names).assign(pictures=pictures).to_dict("records")}
     study["study"] = hashlib.sha256(json.dumps(study).encode()).hexdigest()[:12]
     # JSON in ASCII, without what could end the element that holds it.
