@@ -164,6 +164,5 @@ class Batches:
 
     def wait(self) -> None:
         """Until all PNGs are written; what went wrong with them is raised here."""
-        writing, self.writing = self.writing, []
-        for written in writing:
-            written.result()
+        while self.writing:
+            self.writing.pop(0).result()

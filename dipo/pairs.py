@@ -67,8 +67,7 @@ def read_pixels(pair: dict, resolution: int) -> np.ndarray:
 
 
 def read_pair(pair: dict, resolution: int) -> dict | None:
-    """A pair of dipo.schemas.pairs_of as {"pixels": uint8 (2, resolution, resolution, 3), the winner first, "caption": str};
-    None where a picture cannot be read."""
+    """A pair as {"pixels": uint8 (2, resolution, resolution, 3), winner first, "caption": str}; None where unreadable."""
     try:
         pixels = read_pixels(pair, resolution)
     except UNREADABLE:
@@ -132,8 +131,8 @@ class Pairs:
         return {"pairs": 0, "count": 1, "size": self.shuffle_buffer, "lanes": {"0": lane}}
 
     def batches(self, size: int):
-        """What this process has to read for each batch, as arguments of item; the ties passed, each on one process; and the
-        position behind the batch."""
+        """For each batch: what this process has to read, as item's arguments; the ties passed, each on one process; the
+        position behind it."""
         at, count = self.position["pairs"], self.position["count"]
         shared = math.gcd(self.world, count)
         starts = {n: self.position["lanes"].get(str(n), START) for n in range(self.rank % shared, count, shared)}

@@ -226,8 +226,7 @@ def picture_folder(name: str, split: str, example: str) -> Path:
 
 
 def group_of(row: dict, schema: Schema) -> tuple[str, list, list[float]]:
-    """The caption of a row, its pictures, those in files by their paths, and their ranks, the lowest best and equal ones
-    ties, whatever the schema."""
+    """The caption of a row, its pictures (or their paths), and their ranks, the lowest best and equal ones ties."""
     caption, choice = row[schema.caption], row.get(schema.choice)
     if len(schema.pictures) == 1:
         pictures = row[schema.pictures[0]] or []

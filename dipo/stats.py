@@ -11,8 +11,7 @@ from statsmodels.stats.weightstats import ttost_paired
 
 
 def mean_interval(values) -> tuple[float, float, float]:
-    """Mean of n values and its 95 % bootstrap interval (percentiles, 9,999 resamples, seeded); both ends are the mean where
-    all values are equal or n is 1."""
+    """Mean and 95 % bootstrap interval (percentiles, 9,999 resamples, seeded) of values: thrice the mean of equal ones."""
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2 or np.ptp(x) == 0:
         return (float(x.mean()),) * 3
@@ -22,8 +21,7 @@ def mean_interval(values) -> tuple[float, float, float]:
 
 
 def prompt_means(scores: pd.Series) -> tuple[int, float, float, float]:
-    """n prompts, their mean score and its 95 % interval. scores: by prompt and seed, without what is missing; images of one
-    prompt count as their mean."""
+    """n prompts, their mean score and its 95 % interval. scores: by prompt and seed; a prompt counts as its images' mean."""
     each = scores.dropna().groupby(level="prompt", sort=False).mean()
     return (len(each), *mean_interval(each)) if len(each) else (0, math.nan, math.nan, math.nan)
 

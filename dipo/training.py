@@ -199,8 +199,7 @@ def set_parts(s, accelerator: Accelerator, unet: UNet2DConditionModel) -> None:
 
 
 def autocast(accelerator: Accelerator):
-    """A context for the forward passes. FSDP and DeepSpeed cast by themselves; with autocast around it the reference would
-    be computed otherwise."""
+    """A context for forward passes, none with FSDP and DeepSpeed: they cast themselves, and the reference would differ."""
     return contextlib.nullcontext() if in_parts(accelerator) else accelerator.autocast()
 
 
