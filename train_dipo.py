@@ -223,8 +223,7 @@ def complete(s: Settings) -> Settings:
 
 
 def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-    """SDXL (or SD 1.5, 2.1) on the device: VAE and text encoders, which only encode, in dtype, the UNet in float32, or in
-    dtype for a LoRA. UserError when a model cannot be loaded."""
+    """SDXL (or SD 1.5, 2.1) on the device in dtype, the UNet in float32 but for a LoRA. UserError for what does not load."""
     unet_dtype = dtype if s.lora_rank else torch.float32
     unet = ("init-unet", s.init_unet) if s.init_unet else ("base-model", s.base_model)
     parts = {"unet": load_part(UNet2DConditionModel, *unet, "unet", unet_dtype, s.base_model)}

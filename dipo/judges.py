@@ -135,6 +135,7 @@ class HPSv2(Judge):
         file = HPSV2_FILES[self.values[1]]
         with self.loading(0, file) as path:
             path = checkpoint(path, file)
+            path.stat()  # of a file that is not there open_clip would say less
             name, tokenize = "ViT-H-14", None
             if config := next(path.parent.glob("*-hpsv2.json"), None):
                 open_clip.add_model_config(config)
