@@ -59,7 +59,7 @@ def read_loras(s) -> list[Lora]:
 
 
 def read_lora(entry: str, text_width: int) -> Lora:
-    """One LoRA for a UNet with text embeddings of this width. UserError for one of another family, and for no LoRA."""
+    """One LoRA for a UNet with text embeddings of this width. UserError if it is unreadable, of another family, or none."""
     name, strength = lora_and_strength(entry)
     try:
         path = local_path(name) or Path(snapshot_download(name, allow_patterns=[*LORA_FILES, ADAPTER_CONFIG]))

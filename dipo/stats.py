@@ -11,7 +11,7 @@ from statsmodels.stats.weightstats import ttost_paired
 
 
 def mean_interval(values) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval (percentiles, 9,999 resamples, seeded) of values: thrice the mean of equal ones."""
+    """Mean and 95 % bootstrap interval (percentiles, 9,999 resamples, seeded); of equal values or one, the mean thrice."""
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2 or np.ptp(x) == 0:
         return (float(x.mean()),) * 3
