@@ -65,7 +65,7 @@ from matplotlib.figure import Figure
 
 from dipo import stats
 from dipo.batches import Batch
-from dipo.checks import check_at_least, check_etas, check_sampling, check_steps, completed, papers
+from dipo.checks import check_sampling, completed, papers
 from dipo.compiled import projected_once
 from dipo.figures import BLUE, GREY, ORANGE, describe, save_plot
 from dipo.files import write_csv
@@ -143,8 +143,7 @@ def make_images(s: Settings, study: Study) -> None:
 
 
 def report(s: Settings, study: Study, rows: list[Row], redrawn: list[Row], images: pd.DataFrame) -> None:
-    """The scores at each eta, their paired differences from the lowest eta, how far the means fluctuate, over eta and over
-    redraws, curves and grid."""
+    """The scores at each eta, paired with the lowest, how far means fluctuate over eta and over redraws, curves and grid."""
     judges, first = study.scores.judges, rows[0]
     means = stats.means(images, [r.variant for r in rows], study.scores.names, first.variant)
     means.insert(1, "eta", [r.eta for r in rows])
@@ -228,10 +227,8 @@ def plot_eta(s: Settings, means: pd.DataFrame, moved: pd.DataFrame, judges: list
     panels = np.atleast_1d(figure.subplots(1, len(judges)))
     for axes, judge, colour, r in zip(panels, judges, itertools.cycle((BLUE, ORANGE)), moved.itertuples(), strict=False):
         y, gap, low, high = (means[f"{judge.name}{x}"] for x in ("", "_difference", "_difference_low", "_difference_high"))
-        half = abs(y.mean()) * 0.0015 / 2
-        axes.axhspan(
-            y.mean() - half, y.mean() + half, color=GREY, alpha=0.5, label="0.15 % of the mean (the paper's figure)"
-        )
+        half, band = abs(y.mean()) * 0.0015 / 2, "0.15 % of the mean (the paper's figure)"
+        axes.axhspan(y.mean() - half, y.mean() + half, color=GREY, alpha=0.5, label=band)
         # The interval that matters is that of the change: how the prompts differ is the same at every eta.
         change = f"mean, and 95 % of its change from η = {eta[0]:g}"
         axes.errorbar(eta, y, [gap - low, high - gap], marker="o", color=colour, capsize=3, label=change)
@@ -245,9 +242,6 @@ def plot_eta(s: Settings, means: pd.DataFrame, moved: pd.DataFrame, judges: list
 def main(s: Settings) -> None:
     s = completed(s, DEMO, PAPER_TERMS)
     check_sampling(s)
-    check_steps("num-inference-steps", s.num_inference_steps)
-    check_etas("etas", *s.etas)
-    check_at_least(s, redraws=0)
     s, steps = fitted(s), s.num_inference_steps
     rows = [Row(variant=f"eta-{eta:g}", label=f"η = {eta:g}", steps=steps, eta=eta) for eta in sorted(s.etas)]
     redrawn = [

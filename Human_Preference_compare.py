@@ -62,7 +62,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 
 from dipo import stats
 from dipo.batches import Batch
-from dipo.checks import check_etas, check_sampling, check_steps, completed, papers
+from dipo.checks import check_sampling, completed, papers
 from dipo.compiled import projected_once
 from dipo.figures import plot_wins, save_plot
 from dipo.files import write_csv
@@ -181,9 +181,6 @@ def kept_advantage(scores: pd.DataFrame, a: str, b: str, c: str, d: str) -> tupl
 def main(s: Settings) -> None:
     s = completed(s, DEMO, PAPER_TERMS)
     check_sampling(s)
-    check_steps("dipo-steps", s.dipo_steps)
-    check_steps("baseline-steps", s.baseline_steps)
-    check_etas("eta", s.eta)
     if not s.dpo_unet and not s.dpo_lora:
         raise cli.UserError("--dpo-unet is empty: give the tuned UNet (or --dpo-lora) to compare the base model's own with")
     s = fitted(s)

@@ -61,7 +61,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 
 from dipo import stats
 from dipo.batches import Batch
-from dipo.checks import check_etas, check_sampling, check_steps, completed, papers
+from dipo.checks import check_sampling, completed, papers
 from dipo.compiled import projected_once
 from dipo.figures import plot_wins, save_plot
 from dipo.files import write_csv
@@ -165,10 +165,7 @@ def report(s: Settings, study: Study, dipo: Row, baseline: Row, images: pd.DataF
     print_table(title + study.pairs_note(), short, {"category": "category", "score": "score"} | columns)
 
     plot = plot_wins(wins, "category", f"DIPO {dipo.steps} over Diffusion-DPO {baseline.steps}")
-    paths = [
-        write_csv(study.folder / "categories.csv", wins),
-        save_plot(plot, study.folder / "categories.png", s.demo),
-    ]
+    paths = [write_csv(study.folder / "categories.csv", wins), save_plot(plot, study.folder / "categories.png", s.demo)]
     stems = set()
     for category, part in by_category.items():
         stem = "grid-" + (re.sub(r"\W+", "-", category).strip("-")[:60] or "none")
@@ -182,9 +179,6 @@ def report(s: Settings, study: Study, dipo: Row, baseline: Row, images: pd.DataF
 def main(s: Settings) -> None:
     s = completed(s, DEMO, PAPER_TERMS)
     check_sampling(s)
-    check_steps("dipo-steps", s.dipo_steps)
-    check_steps("baseline-steps", s.baseline_steps)
-    check_etas("eta", s.eta)
     s = fitted(s)
     n, m = s.dipo_steps, s.baseline_steps
     dipo = Row(variant=f"dipo-{n}", label=f"DIPO, {n} steps{eta_label(s.eta)}", steps=n, eta=s.eta)

@@ -78,7 +78,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from dipo import stats
 from dipo.batches import Batch
-from dipo.checks import check_etas, check_sampling, check_steps, completed, papers
+from dipo.checks import check_sampling, completed, papers
 from dipo.compiled import projected_once
 from dipo.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, describe, save_plot
 from dipo.files import write_csv
@@ -192,8 +192,7 @@ def study_rows(s: Settings) -> list[Row]:
 
 
 def report(s: Settings, study: Study, rows: list[Row], baseline: Row, images: pd.DataFrame) -> None:
-    """Table 1, win rates against the first row of Diffusion-DPO, which rows are as good as it, quality over UNet calls and
-    time, and the grid of Figure 1."""
+    """Table 1, win rates over the first row of Diffusion-DPO, which rows are as good as it, their plot, Figure 1's grid."""
     judges, variants = study.scores.judges, [r.variant for r in rows]
     about = [(r.label, r.steps, r.eta, (r.calls or r.steps) * (1 + (r.of(s).guidance_scale > 1))) for r in rows]
     about = pd.DataFrame(about, columns=["label", "steps", "eta", "unet_calls"])
@@ -317,11 +316,8 @@ def plot_quality(table: pd.DataFrame, equal: pd.DataFrame, rows: list[Row], judg
 def check_settings(s: Settings) -> None:
     """Raise UserError for every value that can be judged without loading a model."""
     check_sampling(s)
-    check_steps("steps", *s.steps)
-    check_steps("baseline-steps", *s.baseline_steps)
     if not 0 < s.margin < math.inf:
         raise cli.UserError(f"--margin {s.margin}: use a number above 0, such as 0.1 standard deviations")
-    check_etas("eta", s.eta)
     if not s.folders and (s.folders is not None or s.folder_prompts):
         raise cli.UserError("--folders: name the folders to score")
 

@@ -42,6 +42,7 @@ PROCESSOR = ("config.json", "preprocessor_config.json", "tokenizer.json", "token
 CLIP = (*PROCESSOR, "model.safetensors|pytorch_model.bin")
 BERT = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 MODEL = ("config.json", "model.safetensors")
+VAE = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 def weights(folder: str, name: str = "diffusion_pytorch_model") -> tuple[str, str]:
@@ -71,11 +72,7 @@ SOURCES = {
     "base-model": Source(
         "stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b", *pipeline("", "_2")
     ),
-    "vae": Source(
-        "madebyollin/sdxl-vae-fp16-fix",
-        "207b116dae70ace3637169f1ddd2434b91b3a8cd",
-        ("config.json", "diffusion_pytorch_model.safetensors"),
-    ),
+    "vae": Source("madebyollin/sdxl-vae-fp16-fix", "207b116dae70ace3637169f1ddd2434b91b3a8cd", VAE),
     "dpo-unet": Source("mhdang/dpo-sdxl-text2image-v1", "c78eb468a13fb97ccd661e2b9cd4c1c99460b1b2", weights("unet")),
     "parti": Source(
         "nateraw/parti-prompts", "944b156abfdad7627c3221b5ec4f6a6fb060a197", ("PartiPrompts.tsv",), kind="dataset"
@@ -191,10 +188,8 @@ def check_room(root: Path, snapshots: list[Snapshot], dataset: tuple | None) -> 
     free = shutil.disk_usage(root).free
     print(f"to fetch: {readable(needed)}; free on the disk of {root.absolute()}: {readable(free)}", flush=True)
     if needed > free:
-        raise DownloadError(
-            f"{root.absolute()}: {readable(needed)} needed, {readable(free)} free; make room, or give another folder with "
-            "--output-dir"
-        )
+        what = f"{readable(needed)} needed, {readable(free)} free"
+        raise DownloadError(f"{root.absolute()}: {what}; make room, or give another folder with --output-dir")
 
 
 def print_use(root: Path, dataset: str) -> None:

@@ -64,22 +64,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from tqdm import tqdm
 
 from dipo.batches import Batch, Batches
-from dipo.checks import check_etas, check_sampling, check_steps, check_timesteps, completed
+from dipo.checks import check_sampling, check_timesteps, completed
 from dipo.compiled import projected_once
 from dipo.devices import DTYPES, claimed, dtype_for, start
 from dipo.files import fingerprint, finished_images, lora_names, read_record, writable_folder, write_csv
 from dipo.grids import remove_grids, save_grids
 from dipo.loras import merge_loras, read_loras
-from dipo.models import (
-    decode,
-    encode,
-    fitted,
-    image_settings,
-    load_part,
-    pipeline_class,
-    ready,
-    warn_of_long_prompts,
-)
+from dipo.models import decode, encode, fitted, image_settings, load_part, pipeline_class, ready, warn_of_long_prompts
 from dipo.prompts import one_line, read_prompts
 from dipo.timesteps import noise_level, subsequence, successive
 
@@ -149,10 +140,8 @@ def wanted_images(s: Settings, prompts: list[str], dtype_name: str) -> tuple[dic
     common = image_settings(s, dtype_name)
     # In the order in which images have had them since before there was a dpo_lora.
     common["weights"] = fingerprint(s.base_model, s.dpo_unet, s.vae, *lora_names(s.dpo_lora))
-    for name in ("num_inference_steps", "eta", "negative_prompt"):
-        common[name] = getattr(s, name)
-    common["timesteps"] = list(s.timesteps)
-    common["guidance_interval"] = s.guidance_interval and list(s.guidance_interval)
+    common |= {"num_inference_steps": s.num_inference_steps, "eta": s.eta, "negative_prompt": s.negative_prompt}
+    common |= {"timesteps": list(s.timesteps), "guidance_interval": s.guidance_interval and list(s.guidance_interval)}
     wanted = {
         f"{i:05d}.png": {"prompt": prompts[i // s.images_per_prompt], "seed": s.seed + i} | common
         for i in range(len(prompts) * s.images_per_prompt)
@@ -200,28 +189,24 @@ def report(s: Settings, paths: list[Path], new: dict[Path, dict]) -> None:
 
 def check_settings(s: Settings) -> None:
     """Raise UserError for every value that can be judged without loading a model."""
-    check_steps("num-inference-steps", s.num_inference_steps)
-    check_etas("eta", s.eta)
+    check_sampling(s)
     check_timesteps(s.timesteps)
     if s.timestep_spacing == "ays" and s.num_inference_steps > 50:
         raise cli.UserError(f"--timestep-spacing ays: made for few steps, not {s.num_inference_steps}; use 50 or fewer")
     if s.guidance_interval:
         low, high = s.guidance_interval
         if not 0 <= low < high < math.inf:
-            raise cli.UserError(
-                f"--guidance-interval {low} {high}: use two noise levels, the lower one first; SDXL's go from 0.03 to 14.6"
-            )
+            what = "use two noise levels, the lower one first; SDXL's go from 0.03 to 14.6"
+            raise cli.UserError(f"--guidance-interval {low} {high}: {what}")
         if s.guidance_scale <= 1:
             raise cli.UserError(f"--guidance-interval: --guidance-scale {s.guidance_scale:g} switches it off; use above 1")
-    check_sampling(s)
 
 
 def main(s: Settings) -> None:
     s = completed(s, DEMO)
     check_settings(s)
-    s = fitted(s)
-    s = replace(s, negative_prompt=one_line(s.negative_prompt))
-    s = replace(s, num_inference_steps=len(s.timesteps) or s.num_inference_steps)
+    s, steps = fitted(s), len(s.timesteps) or s.num_inference_steps
+    s = replace(s, negative_prompt=one_line(s.negative_prompt), num_inference_steps=steps)
     prompts = list(read_prompts(s.prompts, s.parti, s.pickapic)["prompt"]) if s.prompts else list(EXAMPLE_PROMPTS)
     prompts = prompts[: s.limit]
     state, device = start(s.device)

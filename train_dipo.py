@@ -223,8 +223,7 @@ def complete(s: Settings) -> Settings:
 
 
 def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
-    """SDXL (or SD 1.5, 2.1) on the device: VAE and text encoders frozen in dtype, the UNet in float32, or in dtype for a
-    LoRA. UserError when a model cannot be loaded."""
+    """SDXL (or SD 1.5, 2.1) on the device in dtype, the UNet in float32 but for a LoRA. UserError for what does not load."""
     unet_dtype = dtype if s.lora_rank else torch.float32
     unet = ("init-unet", s.init_unet) if s.init_unet else ("base-model", s.base_model)
     parts = {"unet": load_part(UNet2DConditionModel, *unet, "unet", unet_dtype, s.base_model)}
@@ -232,16 +231,11 @@ def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> Diffus
         parts["vae"] = load_part(AutoencoderKL, "vae", s.vae, "vae", dtype, s.base_model)
     pipe = load_part(pipeline_class(s.base_model), "base-model", s.base_model, "", dtype, **parts)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
-    pipe = ready(pipe, s, device, less="--lora-rank 64")
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module) and part is not pipe.unet:
-            part.requires_grad_(False).eval()
-    return pipe
+    return ready(pipe, s, device, less="--lora-rank 64")
 
 
 def wrap(s: Settings, pipe: DiffusionPipeline, accelerator: Accelerator):
-    """The UNet as accelerate, FSDP or DeepSpeed have it, its optimizer, and the frozen reference (None where the loss has no
-    use for one, and for a LoRA)."""
+    """The UNet as accelerate, FSDP or DeepSpeed have it, its optimizer, and the frozen reference (None: it needs none)."""
     unet, dtype, reference = pipe.unet, s.dtype, None
     if s.lora_rank:
         torch.manual_seed(s.seed)
@@ -351,7 +345,7 @@ def train(s: Settings, accelerator: Accelerator, pipe, model, reference, optimiz
 def keep(s: Settings, accelerator: Accelerator, out: Path, progress: dict, position: dict) -> None:
     """A checkpoint, loss.png up to it, and a warning where the metrics give reason for one."""
     checkpoints.save_checkpoint(accelerator, out, progress, position, s.keep_checkpoints)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and (out / "metrics.csv").exists():
         plot_metrics(out, losses.STARTS.get(s.loss))
         training.warn_of_displacement(out / "metrics.csv", progress)
 

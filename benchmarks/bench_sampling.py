@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dipo.cli import UserError
-from dipo.compiled import INDUCTOR, compile_unet, eager, forget_compiled
+from dipo.compiled import INDUCTOR, compile_unet, forget_compiled
 from dipo.devices import DTYPES, clock
 from dipo.models import decode
 from dipo.timesteps import successive
@@ -147,7 +147,7 @@ def measure(s: Settings, ways: Ways, batch_size: int) -> list[dict]:
     pipe = ways.pipes[s.ways[0]]
     c = pipe.unet.config
     latents = torch.zeros(1, c.in_channels, c.sample_size, c.sample_size, device=ways.device)
-    with eager(), torch.no_grad():
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
         step_flops = common.unet_flops(pipe.unet, 2 * batch_size)
         decode_flops = common.flops_of(lambda: decode(pipe.vae, latents))
     first = warm_up(s, ways, prompts)

@@ -71,7 +71,7 @@ def main(s: Settings) -> None:
         checkpoint = Path(folder) / "HPS_v2.1_compressed.pt"
         torch.manual_seed(0)
         torch.save({"state_dict": open_clip.create_model("ViT-H-14").half().state_dict()}, checkpoint)
-        theirs, ours = load_package(checkpoint), HPSv2(str(checkpoint))
+        theirs, ours = load_package(checkpoint), HPSv2(str(checkpoint), "v2.1")
         ours.load(dtype)
         ours.to(device)
 

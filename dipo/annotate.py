@@ -1,5 +1,4 @@
-"""Winner and loser by a judge instead of the data set's labels: scored once into the cache's folder, killed at any moment
-and going on."""
+"""Winner and loser by a judge instead of the data set's labels, scored once in the cache's folder; a killed run goes on."""
 
 import hashlib
 import itertools
@@ -20,7 +19,6 @@ from dipo.cli import UserError
 from dipo.devices import DTYPES, claimed, dtype_for
 from dipo.files import fingerprint, writable_folder, write_text
 from dipo.judges import Judge, judge_of
-from dipo.models import quiet_libraries
 from dipo.pairs import check_usable, stored
 from dipo.pictures import UNREADABLE, open_picture
 from dipo.schemas import content_key, group_of, layout, open_dataset, ordered, pairs_in, pairs_of, ranks_of
@@ -96,10 +94,7 @@ def score_all(s, rows, group, score, accelerator: Accelerator, folder: Path) -> 
 
 def score_groups(groups: list[tuple], known: dict, bar: tqdm, judge: Judge, dtype, device) -> list[dict]:
     """The records of groups, after known has got the scores that it lacks."""
-    if judge.model is None:
-        quiet_libraries()
-        judge.load(dtype)
-        judge.to(device)
+    judge.ready(dtype, device)
     records = [{"keys": [content_key(p, caption) for p in pictures], "ranks": ranks} for caption, pictures, ranks in groups]
     named = zip(records, groups, strict=True)
     items = {k: (p, caption) for x, (caption, pictures, _) in named for k, p in zip(x["keys"], pictures, strict=True)}

@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
 from dipo.cli import UserError
-from dipo.compiled import compile_unet, compiling, eager, forget_compiled
+from dipo.compiled import compile_unet, compiling, forget_compiled
 from dipo.devices import clock, device_name
 from dipo.files import save_png
 
@@ -32,8 +32,7 @@ class Batch:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def noise(self) -> torch.Tensor:
-        """Normal noise, float32 (B, 4, H/8, W/8), image by image from its own CPU generator, so that it is the same on every
-        device and in every batch; copied without waiting."""
+        """Normal noise, float32 (B, 4, H/8, W/8), by the image's own CPU generator: the same on any device, in any batch."""
         noise = randn_tensor(self.shape, self.generators)
         cuda = self.device.type == "cuda"
         return (noise.pin_memory() if cuda else noise).to(self.device, non_blocking=cuda)
@@ -60,7 +59,8 @@ class RunBatch(Batch):
         if self.compiled and self.warm_up:
             self.stance.enter_context(compiling())
         elif self.run.compiled and not self.compiled:
-            self.stance.enter_context(eager())
+            # A batch of another size, for which all would be compiled anew.
+            self.stance.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
     def __exit__(self, kind, error, traceback) -> bool:
@@ -95,11 +95,11 @@ class RunBatch(Batch):
         for path, picture, record, is_finite in zip(self.paths, pictures, self.records, finite, strict=True):
             if not is_finite:
                 self.run.wait()
-                raise UserError(
-                    f"the image of prompt {record['prompt']!r} with seed {record['seed']} came out with NaN; try --dtype "
-                    "bf16 or fp32, and with fp16 a VAE that can stand it (madebyollin/sdxl-vae-fp16-fix)"
-                )
-            self.run.write(path, picture, record | self.measured | more | VERSIONS)
+                what = f"the image of prompt {record['prompt']!r} with seed {record['seed']} came out with NaN"
+                advice = "try --dtype bf16 or fp32, and with fp16 a VAE that can stand it (madebyollin/sdxl-vae-fp16-fix)"
+                raise UserError(f"{what}; {advice}")
+            written = self.run.writer.submit(save_png, path, picture, record | self.measured | more | VERSIONS)
+            self.run.writing.append(written)
         if self.run.timing:
             self.run.wait()
 
@@ -112,10 +112,9 @@ class Batches:
                 latents = sample(pipe, batch, batch.tau, ...)
                 batch.save(decode(pipe.vae, latents))
 
-    todo: records, with prompt, seed, height and width, by path. tau: the timesteps. size: of a batch, at most. bar: counts
-    steps of images. compiled: use torch.compile for full batches. timing: times are to be trusted, so a warm-up comes before
-    the first batch of each size that is not in warm, and no PNG is written while the next batch is sampled. warm_up: its
-    timesteps.
+    todo: records, with prompt, seed, height and width, by path. size: of a batch, at most. bar: counts steps of images.
+    compiled: use torch.compile for full batches. timing: times are to be trusted, so a warm-up (of timesteps warm_up) comes
+    before the first batch of each size that is not in warm, and no PNG is written while the next batch is sampled.
     """
 
     def __init__(
@@ -163,11 +162,7 @@ class Batches:
         forget_compiled(self.pipe)
         tqdm.write(f"out of memory: going on with batches of {self.size}", file=sys.stderr)
 
-    def write(self, *arguments) -> None:
-        self.writing.append(self.writer.submit(save_png, *arguments))
-
     def wait(self) -> None:
         """Until all PNGs are written; what went wrong with them is raised here."""
-        writing, self.writing = self.writing, []
-        for written in writing:
-            written.result()
+        while self.writing:
+            self.writing.pop(0).result()

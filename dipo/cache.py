@@ -40,24 +40,21 @@ def open_pairs(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator)
     """This process's pairs, of the cache (filled first, where that is to be done) or of rows themselves, and how many of the
     cache's were left out, by reason. find: dipo.schemas.pairs_of's."""
     resolution = picture_size(s, pipe)
-    side = resolution // pipe.vae_scale_factor
-    draws = functools.partial(
-        random_draws,
-        latent_shape=(pipe.unet.config.in_channels, side, side),
-        train_timesteps=pipe.scheduler.config.num_train_timesteps,
-        caption_dropout=s.caption_dropout,
-        flip=s.flip,
-    )
-    place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    if not s.cache_dir:
-        read = functools.partial(read_pair, resolution=resolution)
-        return Pairs(rows, find, read, draws, s.seed, s.shuffle_buffer, limit=s.max_train_pairs, **place), {}
-    note = filled(s, rows, find, pipe, accelerator, resolution)
-    files = sorted(str(path) for path in Path(s.cache_dir).expanduser().glob("*.parquet"))
-    rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-    read = functools.partial(read_cached, shapes=note["shapes"], dtype=pipe.vae.dtype)
-    left_out = {k: note["counts"][k] for k in ("ties", "unreadable")}
-    return Pairs(rows, lambda row: ([row], 0), read, draws, s.seed, s.shuffle_buffer, **place), left_out
+    side, steps = resolution // pipe.vae_scale_factor, pipe.scheduler.config.num_train_timesteps
+    latent_shape = (pipe.unet.config.in_channels, side, side)
+
+    def draws(key: tuple[int, ...]) -> dict:
+        return random_draws(key, latent_shape, steps, s.caption_dropout, s.flip)
+
+    read, limit, left_out = functools.partial(read_pair, resolution=resolution), s.max_train_pairs, {}
+    if s.cache_dir:
+        note = filled(s, rows, find, pipe, accelerator, resolution)
+        files = sorted(str(path) for path in Path(s.cache_dir).expanduser().glob("*.parquet"))
+        rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        find, read = lambda row: ([row], 0), functools.partial(read_cached, shapes=note["shapes"], dtype=pipe.vae.dtype)
+        limit, left_out = None, {k: note["counts"][k] for k in ("ties", "unreadable")}
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return Pairs(rows, find, read, draws, s.seed, s.shuffle_buffer, rank, world, limit), left_out
 
 
 def read_cached(row: dict, shapes: dict[str, list[int]], dtype: torch.dtype) -> dict:
@@ -81,8 +78,7 @@ def filled(s, rows, find, pipe: DiffusionPipeline, accelerator: Accelerator, res
         counts = {k: sum(x["counts"][k] for x in records) for k in ("pairs", "ties", "unreadable")}
         if not counts["pairs"]:
             raise UserError(f"--dataset {s.dataset}: no usable pair in it ({counts['ties']} ties)")
-        shapes = next(x["shapes"] for x in records if x["shapes"])
-        note |= {"complete": True, "shapes": shapes, "counts": counts}
+        note |= {"complete": True, "shapes": next(x["shapes"] for x in records if x["shapes"]), "counts": counts}
         if accelerator.is_main_process:
             write_text(folder / "cache.json", json.dumps(note))
         accelerator.wait_for_everyone()

@@ -123,8 +123,7 @@ def count_step(progress: dict, pairs: int, skipped: bool, ties: float, unreadabl
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: str) -> list[dict]:
-    """Weights, optimizer and random state; UserError for files that hold something else. Returns the positions in the data
-    of the processes that wrote it, in their order."""
+    """Load weights, optimizer and random state, or UserError. Returns the position in the data of each process of then."""
     try:
         accelerator.load_state(checkpoint)
     except Exception as e:

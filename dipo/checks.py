@@ -16,9 +16,8 @@ HUB_NAME = r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.txt)(/.+\.safetensors)?
 
 
 def completed(s, demo: dict, paper: dict | None = None):
-    """The settings with what follows from others: a LoRA alone goes on the base model's own UNet, which is said; --demo sets
-    DEMO_PATHS and the script's own demo wherever the default was left, and --paper the paper's terms (but not its prompts
-    where both are given)."""
+    """The settings with what follows from others: a LoRA alone goes on the base model's own UNet; where the default was left
+    --demo sets DEMO_PATHS and demo, and --paper the paper's terms (but not its prompts where both are given)."""
     default, given = {f.name: f.default for f in fields(s)}, getattr(s, "given", ())
     if getattr(s, "dpo_lora", ()) and s.dpo_unet == default["dpo_unet"] and "dpo_unet" not in given:
         if s.dpo_unet and not s.demo:
@@ -43,7 +42,10 @@ def check_sampling(s: SamplingSettings) -> None:
     """Raise UserError for every value that can be judged without loading a model."""
     if not math.isfinite(s.guidance_scale):
         raise UserError(f"--guidance-scale {s.guidance_scale}: use a finite number, SDXL's usual range is 5 to 8")
-    check_at_least(s, limit=1, images_per_prompt=1, batch_size=1, grid_prompts=1, scoring_batch_size=1)
+    check_at_least(s, limit=1, images_per_prompt=1, batch_size=1, grid_prompts=1, scoring_batch_size=1, redraws=0)
+    for name, check in NUMBERS.items():
+        if (value := getattr(s, name, None)) is not None:
+            check(name.replace("_", "-"), *(value if isinstance(value, tuple) else (value,)))
     if not s.output_dir.strip():
         raise UserError("--output-dir is empty: give a folder")
     if not 0 <= s.seed < 2**62:
@@ -86,10 +88,14 @@ def check_different(flag: str, *values: float) -> None:
         raise UserError(f"--{flag} {' '.join(map(str, values))}: give one or more, and none twice")
 
 
+# How a script's settings of these names are checked, of one number or of several.
+NUMBERS = dict.fromkeys(("num_inference_steps", "steps", "dipo_steps", "baseline_steps"), check_steps)
+NUMBERS |= {"eta": check_etas, "etas": check_etas}
+
+
 def check_models(s) -> None:
-    """Raise UserError unless base model, UNet and VAE are each a .safetensors file or a model folder (it or its subfolder of
-    the kind holds an index), could be a hub name such as "owner/name" or a file there, or are empty where the base model's
-    own part can stand in."""
+    """Raise UserError unless base model, UNet and VAE are each a .safetensors file, a folder with an index in it or in its
+    unet or vae, could be a HUB_NAME, or are empty where the base model's own part can stand in."""
     for flag in ("base-model", "dpo-unet", "init-unet", "vae"):
         name = getattr(s, flag.replace("-", "_"), "")
         index, path = "model_index.json" if flag == "base-model" else "config.json", find_path(name)

@@ -70,15 +70,13 @@ def read_sums(root: Path) -> dict[str, dict[str, str]]:
 
 
 def write_sums(root: Path, name: str, sums: dict[str, str]) -> None:
-    """Put the SHA-256 of a model's files into root/SHA256SUMS, which is whole at any moment. What it had of them and has no
-    more, from another revision, is deleted."""
+    """Put the SHA-256 of a model's files into root/SHA256SUMS. Files of another revision, which it had, are deleted."""
     all_sums = read_sums(root)
     for file in all_sums.pop(name, {}).keys() - sums.keys():
         (root / name / file).unlink(missing_ok=True)
     all_sums |= {name: sums} if sums else {}
-    write_text(
-        root / "SHA256SUMS", "".join(f"{c}  {n}/{f}\n" for n in sorted(all_sums) for f, c in sorted(all_sums[n].items()))
-    )
+    lines = (f"{c}  {n}/{f}\n" for n in sorted(all_sums) for f, c in sorted(all_sums[n].items()))
+    write_text(root / "SHA256SUMS", "".join(lines))
 
 
 def report(folder: Path, sums: dict[str, str] | None) -> bool:

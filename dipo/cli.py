@@ -67,10 +67,8 @@ def answer(settings: type, module: str, description: str) -> None:
 
 
 def run(main, settings: type, description: str, again: str = "the same command goes on") -> None:
-    """A script from its command line to its exit code: main(settings). again: how a stopped run is continued.
-
-    Exit codes: 2 for a UserError or a disk that cannot be written to, 130 for Ctrl-C, 128 + n for a signal n, 1 otherwise.
-    """
+    """A script from its command line to its exit code: main(settings). again: how a stopped run is continued. Exit codes: 2
+    for a UserError or a disk that cannot be written to, 130 for Ctrl-C, 128 + n for a signal n, 1 otherwise."""
     for stream in (sys.stdout, sys.stderr):
         # A folder's name may hold letters that the terminal does not.
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")

@@ -88,8 +88,3 @@ def forget_compiled(pipe: DiffusionPipeline) -> None:
     """Let go what was compiled for batches of another size, which holds memory."""
     torch.compiler.reset()
     pipe.unet.__dict__.pop("known_projections", None)
-
-
-def eager():
-    """torch.compile's models as they were, for what is done inside: batches of other sizes, which would be compiled anew."""
-    return torch.compiler.set_stance("force_eager")

@@ -46,8 +46,7 @@ def start(name: str) -> tuple[PartialState, torch.device]:
 
 @contextlib.contextmanager
 def claimed(folder: Path, state, flag: str = "output-dir"):
-    """Hold a folder's lock, on the main process of an accelerate state; UserError on every process where another run holds
-    it. The lock's file goes when all went well."""
+    """Hold a folder's lock on the main process; UserError on all where another run has it. Its file goes, if all is well."""
     lock, taken = FileLock(folder / ".lock", timeout=0), [False]
     if state.is_main_process:
         try:

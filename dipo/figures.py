@@ -24,20 +24,19 @@ def save_plot(figure: Figure, path: Path, demo: bool = False) -> Path:
     return path
 
 
-def describe(axes, title: str, x: str = "", y: str = "", grid: str = "both") -> None:
-    """Title and labels of a panel, in sizes that stay readable in a README, and a grid along these axes."""
+def describe(axes, title: str, x: str = "", y: str = "") -> None:
+    """Title and labels of a panel, in sizes that stay readable in a README, and a grid."""
     axes.set_title(title, fontsize=12)
     axes.set_xlabel(x, fontsize=12)
     axes.set_ylabel(y, fontsize=12)
     axes.tick_params(labelsize=11)
-    axes.grid(axis=grid, alpha=0.3, zorder=0)
+    axes.grid(alpha=0.3, zorder=0)
 
 
-def plot_text(text: str, most: int = 24) -> str:
-    """Text for matplotlib, at most that long: no mathematics in it, and no character that its font lacks, which the PDF
-    backend may fail at."""
+def plot_text(text: str) -> str:
+    """At most 24 letters for matplotlib, without mathematics and what its font lacks, at which the PDF may fail."""
     known = matplotlib.font_manager.get_font(matplotlib.font_manager.findfont("DejaVu Sans")).get_charmap()
-    text = unicodedata.normalize("NFC", text if len(text) <= most else text[: most - 1] + "…")
+    text = unicodedata.normalize("NFC", text if len(text) <= 24 else text[:23] + "…")
     text = "".join(c if ord(c) in known and unicodedata.category(c)[0] not in "CM" else "□" for c in text)
     return text.replace("$", r"\$")
 

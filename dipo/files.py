@@ -163,10 +163,8 @@ def read_record(path: Path) -> dict | None:
 
 
 def finished_images(folder: Path, wanted: dict[str, dict], overwrite: bool) -> dict[str, dict]:
-    """The records of those images that are in the folder and were made with the wanted settings, by file.
-
-    UserError for a file of other origin, which would be lost, and for other settings unless overwrite replaces them.
-    """
+    """The records of those images that are in the folder and were made with the wanted settings, by file. UserError for a
+    file of other origin, which would be lost, and for other settings unless overwrite replaces them."""
     done = {}
     for file, settings in wanted.items():
         record = read_record(folder / file)
@@ -191,8 +189,7 @@ def difference(record: dict, wanted: dict) -> str | None:
 
 
 def fingerprint(*names: str) -> str:
-    """A short hash that changes with the weights in model folders: names, sizes and last 64 KiB of their files.
-    What is on the hub counts by its name alone."""
+    """A short hash of the weights in model folders: names, sizes and last 64 KiB of files; of the hub the name alone."""
     digest = hashlib.sha256()
     for name in filter(None, names):
         path = find_path(name)

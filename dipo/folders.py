@@ -42,12 +42,11 @@ def picture_records(name: str, given: list[dict] | None = None, flag: str = "fol
     known = dict(zip(records, given, strict=False)) if given else metadata_prompts(folder)
     missing = []
     for file in foreign:
-        path, row = folder / file, known.get(file, {})
+        path, row, reason = folder / file, known.get(file, {}), ""
         try:
             beside = (path.with_suffix(suffix) for suffix in (".txt", ".TXT"))
             text = next((read_text(x) for x in beside if x.exists()), "")
             prompt = row.get("prompt") or one_line(text or prompt_inside(path))
-            reason = ""
         except UNREADABLE as e:
             prompt, reason = "", f" ({e if type(e) is ValueError else 'cannot be read'})"
         missing += [] if prompt else [file + reason]

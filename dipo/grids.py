@@ -47,7 +47,6 @@ def remove_grids(folder: Path) -> None:
 
 
 def is_grid(path: Path) -> bool:
-    """Whether a file is a grid of ours."""
     try:
         with Image.open(path) as image:
             return image.info.get(MARK[0]) == MARK[1]

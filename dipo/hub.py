@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import os
 import shutil
 import sys
@@ -68,8 +67,6 @@ def persist(call, source: Source, transport: bool):
     for wait in (*WAITS, None):
         try:
             return call()
-        except DownloadError:
-            raise
         except Exception as e:
             if wait is None or not is_passing(e, transport):
                 raise explain(e, source) from e
@@ -99,10 +96,8 @@ def explain(e: Exception, source: Source) -> DownloadError:
 
 def repo_info(source: Source, revision: str, **more):
     """The hub's information on a repository, its sha the commit that revision is now. Raises DownloadError."""
-    call = functools.partial(
-        huggingface_hub.HfApi().repo_info, source.repo, repo_type=source.kind, revision=revision, timeout=30, **more
-    )
-    info = persist(call, source, transport=False)
+    wanted = {"repo_type": source.kind, "revision": revision, "timeout": 30} | more
+    info = persist(lambda: huggingface_hub.HfApi().repo_info(source.repo, **wanted), source, transport=False)
     if not info.sha:
         raise RepositoryError(f"{source.repo} at {clean(ENDPOINT)}: does not say its commit; use another HF_ENDPOINT")
     return info
@@ -166,9 +161,7 @@ def find_snapshot(source: Source, revision: str, folder: Path) -> Snapshot:
 
 def fetch(snapshot: Snapshot, file: File, bar: tqdm, use_cache: bool = True) -> None:
     """Bring one file into its folder, from the hub's cache or the hub, unless it is there in full size; or DownloadError.
-
-    It goes on where an earlier run stopped. (huggingface_hub's own snapshot_download did once; now it begins a file anew.)
-    """
+    It goes on where an earlier run stopped. (huggingface_hub's snapshot_download did once; now it begins a file anew.)"""
 
     def attempt() -> None:
         source, part, target = snapshot.source, snapshot.part(file), snapshot.folder / file.path
@@ -203,9 +196,8 @@ def verify(snapshot: Snapshot, bar: tqdm) -> None:
         fetch(snapshot, file, bar, use_cache=False)
         if reason := damage(folder, file):
             (folder / file.path).unlink(missing_ok=True)
-            raise RepositoryError(
-                f"{source.repo}: {file.path} arrived {reason} and was deleted; run this again, or use a mirror (HF_ENDPOINT)"
-            )
+            what = f"{file.path} arrived {reason} and was deleted"
+            raise RepositoryError(f"{source.repo}: {what}; run this again, or use a mirror (HF_ENDPOINT)")
 
 
 def fetch_all(snapshots: list[Snapshot], failed: list[RepositoryError]) -> None:

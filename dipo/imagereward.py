@@ -29,7 +29,9 @@ def load_imagereward(path: Path, dtype: torch.dtype) -> torch.nn.ModuleDict:
     """BLIP's encoders (image, text) in this dtype and the head in float32; med_config.json lies beside the checkpoint."""
     config = json.loads(path.with_name("med_config.json").read_text(encoding="utf-8"))
     weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    weights = {our_name(k): v for k, v in weights.items() if not k.startswith(UNUSED)}
+    weights = {k: v for k, v in weights.items() if not k.startswith(UNUSED)}
+    for theirs, ours in NAMES.items():
+        weights = {k.replace(theirs, ours): v for k, v in weights.items()}
     image = blip.BlipVisionModel(vision_config(weights))
     # The width of the image encoder is replaced in their code too.
     config = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "encoder_width")}
@@ -39,12 +41,6 @@ def load_imagereward(path: Path, dtype: torch.dtype) -> torch.nn.ModuleDict:
     model["head"].float()
     model.load_state_dict(weights)
     return model.eval()
-
-
-def our_name(key: str) -> str:
-    for theirs, ours in NAMES.items():
-        key = key.replace(theirs, ours)
-    return key
 
 
 def vision_config(weights: dict[str, torch.Tensor]) -> blip.BlipVisionConfig:

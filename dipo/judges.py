@@ -1,73 +1,69 @@
 """Models of human preference and of agreement with the prompt. A judge gives scores of N images and their N prompts."""
 
 import contextlib
-import logging
-import warnings
 from pathlib import Path
 
 import huggingface_hub
 import open_clip
 import torch
 import torchvision.transforms.v2.functional as TF
+from open_clip.tokenizer import HFTokenizer
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
 from dipo.cli import UserError
 from dipo.files import find_path
 from dipo.imagereward import linear_head, load_imagereward
-from dipo.models import reason
+from dipo.models import quiet_libraries, reason, without_repetition
 
 # The files that hpsv2.utils.hps_version_map names.
 HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
-@contextlib.contextmanager
-def loading(flag: str, name: str, *files: str):
-    """UserError instead of whatever goes wrong while a judge's weights (of these files) are loaded."""
-    try:
-        yield
-    except Exception as e:
-        what = f"--{flag} {name}: {' and '.join(files) or 'the model'} cannot be loaded ({reason(e)})"
-        raise UserError(
-            f"{what}; fetch it with download_models.py or hf download, or set {flag.replace('-', '_')} at the top of the "
-            "script to a copy; what is made already is kept"
-        ) from e
-
-
 def checkpoint(name: str, file: str, *beside: str) -> Path:
-    """A checkpoint: name itself where that is a file, or this file in the folder, or the hub's repository, of that name. Of
-    the hub come those beside it as well."""
+    """A checkpoint: name itself where that is a file, else this file in that folder or, with those beside it, repository."""
     path = find_path(name)
     if path is None:
         return Path([huggingface_hub.hf_hub_download(name, x) for x in (*beside, file)][-1])
     return path / file if path.is_dir() else path
 
 
-def rows_of(prompts: list[str]) -> tuple[list[str], torch.Tensor]:
-    """The prompts without repetition, and which of them each one is."""
-    unique = list(dict.fromkeys(prompts))
-    return unique, torch.tensor([unique.index(p) for p in prompts])
-
-
 class Judge:
-    """What judges have in common: load(dtype) reads the weights, to the CPU at first; to(device) moves them.
+    """What judges have in common. One is made of the values of its settings; load(dtype) reads its weights, to the CPU.
 
     name is the column in scores.csv, label what tables and plots call it, with so many digits. source says which model it
-    is, weights names the folders or files that hold it. settings are the names of the settings that make it.
+    is, weights names the folders or files that hold it, the first of the values, as many as there are holders.
 
     Where the judge is a model of preference (Bradley-Terry), the difference of two scores, times logit_scale, is the logit
     of the probability that the first is preferred; logit is the column of scores.csv that holds score times logit_scale.
     """
 
-    name = label = source = logit = ""
+    name = label = logit = ""
     logit_scale: float | None = None
     settings: tuple[str, ...] = ()
-    digits = 4
-    weights: tuple[str, ...] = ()
+    digits, holders = 4, 1
     model: torch.nn.Module | None = None
 
-    def to(self, device: torch.device) -> None:
+    def __init__(self, *values: str):
+        self.values, self.source, self.weights = values, " ".join(values), values[: self.holders]
+
+    def ready(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Have the weights read, once, and on the device."""
+        if self.model is None:
+            quiet_libraries()
+            self.load(dtype)
         self.model.to(device)
+
+    @contextlib.contextmanager
+    def loading(self, k: int, *files: str):
+        """Value k as a path or hub name, and UserError for whatever goes wrong while these files are loaded from there."""
+        name, setting = self.values[k], self.settings[k]
+        try:
+            yield str(find_path(name) or name)
+        except Exception as e:
+            flag, what = setting.replace("_", "-"), f"{' and '.join(files) or 'the model'} cannot be loaded ({reason(e)})"
+            advice = f"fetch it with download_models.py or hf download, or set {setting} at the top of the script to a copy"
+            raise UserError(f"--{flag} {name}: {what}; {advice}; what is made already is kept") from e
 
 
 class ClipJudge(Judge):
@@ -78,12 +74,12 @@ class ClipJudge(Judge):
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         """Scores (N,), float32, on the CPU."""
-        model, (unique, rows) = self.model, rows_of(prompts)
+        model, (unique, rows) = self.model, without_repetition(prompts)
         pixels = self.processor(images=[x.convert("RGB") for x in images], return_tensors="pt").pixel_values
         texts = [self.prefix + p for p in unique]
         ids = self.processor(text=texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
         out = model(**ids.to(model.device), pixel_values=pixels.to(model.device, model.dtype))
-        text = out.text_embeds.float()[rows.to(model.device)]
+        text = out.text_embeds.float()[rows]
         return self.of_cosine((out.image_embeds.float() * text).sum(dim=-1)).cpu()
 
 
@@ -93,16 +89,11 @@ class PickScore(ClipJudge):
     name, label, digits = "pickscore", "PickScore", 3
     logit, logit_scale, settings = "pickscore", 1.0, ("pickscore", "pickscore_processor")
 
-    def __init__(self, model: str, processor: str):
-        self.paths, self.source, self.weights = (model, processor), f"{model} {processor}", (model,)
-
     def load(self, dtype: torch.dtype) -> None:
-        model, processor = self.paths
-        with loading("pickscore", model, "config.json", "model.safetensors"):
-            path = str(find_path(model) or model)
+        with self.loading(0, "config.json", "model.safetensors") as path:
             self.model = CLIPModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True).eval()
-        with loading("pickscore-processor", processor):
-            self.processor = AutoProcessor.from_pretrained(str(find_path(processor) or processor))
+        with self.loading(1) as path:
+            self.processor = AutoProcessor.from_pretrained(path)
 
     def of_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
         return self.model.logit_scale.exp().float() * cosine
@@ -115,12 +106,8 @@ class CLIPScore(ClipJudge):
     # Section 3: what captions start with.
     prefix = "A photo depicts "
 
-    def __init__(self, model: str):
-        self.source, self.weights = model, (model,)
-
     def load(self, dtype: torch.dtype) -> None:
-        with loading("clip", self.source):
-            path = str(find_path(self.source) or self.source)
+        with self.loading(0) as path:
             # OpenAI's repository has no safetensors on its main branch; torch.load reads its weights only, no code.
             self.model = CLIPModel.from_pretrained(path, torch_dtype=dtype).eval()
             self.processor = AutoProcessor.from_pretrained(path)
@@ -144,70 +131,49 @@ class HPSv2(Judge):
 
     name, label, logit, settings = "hpsv2", "HPSv2", "hpsv2_logit", ("hpsv2", "hpsv2_version")
 
-    def __init__(self, model: str, version: str = "v2.1"):
-        self.path, self.file = model, HPSV2_FILES[version]
-        self.source, self.weights = f"{model} {version}", (model,)
-
     def load(self, dtype: torch.dtype) -> None:
-        with loading("hpsv2", self.path, self.file):
-            path = checkpoint(self.path, self.file)
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-            name, folder = "ViT-H-14", None
+        file = HPSV2_FILES[self.values[1]]
+        with self.loading(0, file) as path:
+            path = checkpoint(path, file)
+            path.stat()  # of a file that is not there open_clip would say less
+            name, tokenize = "ViT-H-14", None
             if config := next(path.parent.glob("*-hpsv2.json"), None):
                 open_clip.add_model_config(config)
-                name, folder = config.stem, path.parent / "tokenizer"
+                name, tokenize = config.stem, HFTokenizer(str(path.parent / "tokenizer"), context_length=77)
             precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                # It would warn that the model has no weights yet.
-                logging.disable(logging.WARNING)
-                self.model = open_clip.create_model(name, precision=precision).eval()
-                logging.disable(logging.NOTSET)
-            self.model.load_state_dict(weights)
-            self.tokenize = open_clip.get_tokenizer(name) if folder is None else folder_tokenizer(folder)
-        size = self.model.visual.image_size
-        self.size, self.dtype = size[0] if isinstance(size, tuple) else size, dtype
+            self.model = open_clip.create_model(name, pretrained=str(path), precision=precision).eval()
+            self.tokenize = tokenize or open_clip.get_tokenizer(name)
+        self.size, self.dtype = self.model.visual.image_size[0], dtype
         self.logit_scale = self.model.logit_scale.exp().item()
 
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         """Scores (N,), float32, on the CPU."""
-        model, device, (unique, rows) = self.model, self.model.logit_scale.device, rows_of(prompts)
+        model, device, (unique, rows) = self.model, self.model.logit_scale.device, without_repetition(prompts)
         pixels = torch.stack([hpsv2_pixels(x, self.size, device) for x in images]).to(self.dtype)
         ids = self.tokenize(unique)
         # The text tower is causal and read at the end-of-text token: what comes after the batch's last one changes nothing.
         length = int(ids.argmax(dim=-1).max()) + 1
         short = {"positional_embedding": model.positional_embedding[:length]}
         short |= {"attn_mask": model.attn_mask[:length, :length]}
-        text = torch.func.functional_call(model, short, kwargs={"text": ids[:, :length].to(device)})
-        text = text["text_features"] if isinstance(text, dict) else text[1]
+        _, text, *_ = torch.func.functional_call(model, short, kwargs={"text": ids[:, :length].to(device)})
         image = model.encode_image(pixels, normalize=True)
-        return (image.float() * text.float()[rows.to(device)]).sum(dim=-1).cpu()
+        return (image.float() * text.float()[rows]).sum(dim=-1).cpu()
 
 
 class ImageReward(Judge):
-    """ImageReward (Xu et al. 2023): BLIP's text encoder, which attends to the image, and a head on its first token; as its
-    authors standardise it."""
+    """ImageReward (Xu et al. 2023), standardised: a head on the first token of BLIP's text encoder, which sees the image."""
 
-    name, label, logit, settings = (
-        "imagereward",
-        "ImageReward",
-        "imagereward_logit",
-        ("imagereward", "imagereward_tokenizer"),
-    )
+    name, label, logit = "imagereward", "ImageReward", "imagereward_logit"
+    settings = ("imagereward", "imagereward_tokenizer")
     # Over their images. Trained on the reward before that.
     mean, logit_scale = 0.16717362830052426, 1.0333394966054072
 
-    def __init__(self, model: str, tokenizer: str):
-        self.paths, self.source, self.weights = (model, tokenizer), f"{model} {tokenizer}", (model,)
-
     def load(self, dtype: torch.dtype) -> None:
-        model, tokenizer = self.paths
-        with loading("imagereward", model, "ImageReward.pt", "med_config.json"):
-            path = checkpoint(model, "ImageReward.pt", "med_config.json")
-            self.model = load_imagereward(path, dtype)
-        with loading("imagereward-tokenizer", tokenizer):
-            self.tokenizer = AutoTokenizer.from_pretrained(str(find_path(tokenizer) or tokenizer))
+        with self.loading(0, "ImageReward.pt", "med_config.json") as path:
+            self.model = load_imagereward(checkpoint(path, "ImageReward.pt", "med_config.json"), dtype)
+        with self.loading(1) as path:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
             # BLIP's, behind BERT's own.
             self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
 
@@ -226,20 +192,16 @@ class Aesthetic(Judge):
     """LAION's improved aesthetic predictor (Schuhmann et al. 2022): linear layers on the normalised image embedding of
     OpenAI's CLIP ViT-L/14, trained on ratings of 1 to 10. It does not see the prompt."""
 
-    name, label, digits, settings = "aesthetic", "aesthetic score", 3, ("aesthetic", "aesthetic_clip")
-
-    def __init__(self, model: str, clip: str):
-        self.paths, self.source, self.weights = (model, clip), f"{model} {clip}", (model, clip)
+    name, label, digits, settings, holders = "aesthetic", "aesthetic score", 3, ("aesthetic", "aesthetic_clip"), 2
 
     def load(self, dtype: torch.dtype) -> None:
-        model, clip = self.paths
-        with loading("aesthetic", model, "aesthetic-model.pth"):
-            weights = torch.load(checkpoint(model, "aesthetic-model.pth"), map_location="cpu", weights_only=True)
+        with self.loading(0, "aesthetic-model.pth") as path:
+            weights = torch.load(checkpoint(path, "aesthetic-model.pth"), map_location="cpu", weights_only=True)
             width = weights["layers.0.weight"].shape[1]
             head = torch.nn.ModuleDict({"layers": linear_head(width)})
             head.load_state_dict(weights)
-        with loading("aesthetic-clip", clip):
-            vision = CLIPVisionModelWithProjection.from_pretrained(str(find_path(clip) or clip), torch_dtype=dtype)
+        with self.loading(1) as path:
+            vision = CLIPVisionModelWithProjection.from_pretrained(path, torch_dtype=dtype)
             if vision.config.projection_dim != width:
                 raise ValueError(f"it embeds in {vision.config.projection_dim} dimensions, the predictor takes {width}")
         self.model = torch.nn.ModuleDict({"image": vision, "head": head["layers"].float()}).eval()
@@ -269,13 +231,6 @@ def judges_of(s) -> list[Judge]:
     if not s.judges or len({*s.judges}) < len(s.judges):
         raise UserError(f"--judges {' '.join(s.judges)}: give one or more, and none twice")
     return [judge_of(s, name) for name in s.judges]
-
-
-def folder_tokenizer(folder: Path):
-    """A CLIP tokenizer of transformers in the manner of open_clip's: texts to ids (N, 77)."""
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    options = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
-    return lambda texts: tokenizer(texts, **options).input_ids
 
 
 def clip_pixels(images: list[Image.Image], size: int) -> torch.Tensor:

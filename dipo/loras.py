@@ -59,8 +59,7 @@ def read_loras(s) -> list[Lora]:
 
 
 def read_lora(entry: str, text_width: int) -> Lora:
-    """One LoRA, for a UNet that reads text embeddings of so many numbers. UserError for a file that cannot be read, is no
-    LoRA, or is of another family."""
+    """One LoRA for a UNet with text embeddings of this width. UserError if it is unreadable, of another family, or none."""
     name, strength = lora_and_strength(entry)
     try:
         path = local_path(name) or Path(snapshot_download(name, allow_patterns=[*LORA_FILES, ADAPTER_CONFIG]))
@@ -73,11 +72,7 @@ def read_lora(entry: str, text_width: int) -> Lora:
             raise UserError(f"--dpo-lora {name}: {kind}")
         check_family(name, layers, text_width)
         configs = peft_configs(path, header, tensors)
-        scales = {
-            (model, layer): scale_of(layer, parts, configs.get(model, {}))
-            for (model, layer), parts in layers.items()
-            if "down" in parts
-        }
+        scales = {key: scale_of(*key, parts, configs) for key, parts in layers.items() if "down" in parts}
     except UserError:
         raise
     except Exception as e:
@@ -198,9 +193,10 @@ def misfit(weight: torch.Tensor, parts: dict[str, torch.Tensor]) -> str:
     return ""
 
 
-def scale_of(layer: str, parts: dict[str, torch.Tensor], config: dict) -> float:
+def scale_of(model: str, layer: str, parts: dict[str, torch.Tensor], configs: dict[str, dict]) -> float:
     """alpha / rank, or rsLoRA's alpha / sqrt(rank), of one layer; without alpha 1. ValueError for one that is no number."""
-    rank, patterns = len(parts["down"]), config.get("alpha_pattern") or {}
+    rank, config = len(parts["down"]), configs.get(model, {})
+    patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), layer), config.get("lora_alpha", rank))
     alpha = parts["alpha"].item() if "alpha" in parts else alpha
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):

@@ -2,7 +2,6 @@
 seconds, under torch's FakeTensorMode, whose tensors have shapes and no numbers."""
 
 import math
-import os
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from accelerate.utils import parse_flag_from_env
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,8 +28,7 @@ FORMULAS = flop_registry | {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
-# Sizes of GPUs, the bytes in each of their GB that are there to be used, and the bytes that CUDA, its libraries and gaps
-# between tensors are taken to need.
+# Sizes of GPUs, what can be used of each of their GB, and what CUDA, its libraries and gaps are taken to need, in bytes.
 GPUS, USABLE, RESERVE = (12, 16, 24, 40, 48, 80, 96, 141), 0.94 * 2**30, 1.5e9
 
 
@@ -99,14 +98,12 @@ def parts(s) -> tuple[UNet2DConditionModel, AutoencoderKL, list[torch.nn.Module]
     unet = load_config(UNet2DConditionModel, "init-unet", s.init_unet, s.base_model, "unet")
     vae = load_config(AutoencoderKL, "vae", s.vae, s.base_model, "vae")
     index = load_part(DiffusionPipeline, "base-model", s.base_model, "")
-    names = [part for part in index if part.startswith("text_encoder")]
-    # Any class of diffusers reads the configuration of any.
-    configs = [load_part(UNet2DConditionModel, "base-model", s.base_model, part) for part in names]
+    encoders = []
     with torch.device("meta"):
-        encoders = [
-            getattr(transformers, index[part][1])(transformers.CLIPTextConfig.from_dict(config))
-            for part, config in zip(names, configs, strict=True)
-        ]
+        for part in (part for part in index if part.startswith("text_encoder")):
+            # Any class of diffusers reads the configuration of any.
+            config = load_part(UNet2DConditionModel, "base-model", s.base_model, part)
+            encoders.append(getattr(transformers, index[part][1])(transformers.CLIPTextConfig.from_dict(config)))
         return UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae), encoders
 
 
@@ -188,9 +185,10 @@ def spread(need: Need, unet: UNet2DConditionModel, shards: int) -> Need:
 
 def told(s, processes: int) -> str:
     """What --dry-run says: memory by part, the GPUs that have it, operations and time. UserError for DeepSpeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("--dry-run: knows FSDP (configs/fsdp.yaml), not DeepSpeed; launch without its configuration")
-    need = predict(s, processes if training.fsdp_is_asked() else 0)
+    # As it was asked for: without GPUs accelerate takes no FSDP.
+    need = predict(s, processes if parse_flag_from_env("ACCELERATE_USE_FSDP") else 0)
     held = [f"{k.replace('_', ' ')} {v / 1e9:.3g}" for k, v in need._asdict().items() if k != "flops" and v]
     days = need.flops * s.effective_batch_size * s.max_train_steps / processes / (s.tflops * 1e12) / 86400
     fits = f"GPUs of {', '.join(map(str, need.fits))}" if need.fits else f"no GPU of up to {GPUS[-1]}"

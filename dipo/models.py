@@ -91,8 +91,7 @@ def load_folder(cls, path: Path | None, name: str, subfolder: str, dtype: torch.
 
 
 def pipeline_class(name: str):
-    """The class of the base model's pipeline: StableDiffusionXLPipeline, or StableDiffusionPipeline for SD 1.5, 2.0 and 2.1.
-    UserError for another one."""
+    """The class of the base model's pipeline, one of PIPELINES. UserError for another one."""
     index, path = load_part(DiffusionPipeline, "base-model", name, ""), find_path(name)
     kind = index.get("_class_name")
     if kind not in PIPELINES:
@@ -193,11 +192,8 @@ def quiet_libraries() -> None:
 
 
 def ready(pipe: DiffusionPipeline, s, device: torch.device, less: str = "--dtype fp16") -> DiffusionPipeline:
-    """The pipeline on the device, its VAE in float32 where fp16 is too narrow for it.
-
-    s: the settings that named its parts. less: a flag that takes less memory. Raises UserError for a pipeline without one of
-    its text encoders, or too little memory.
-    """
+    """The pipeline on the device, its VAE in float32 where fp16 is too narrow for it. UserError for a pipeline that lacks
+    one of its text encoders, and for too little memory. less: a flag that takes less."""
     encoders = [part for part in pipe.components if part.startswith("text_encoder")]
     if any(getattr(pipe, part) is None for part in encoders):
         raise UserError(f"--base-model {s.base_model}: lacks one of its {len(encoders)} text encoders; use a base model")
@@ -214,8 +210,7 @@ def ready(pipe: DiffusionPipeline, s, device: torch.device, less: str = "--dtype
 
 
 def load_config(cls, flag: str, name: str, base_model: str, subfolder: str) -> dict:
-    """The configuration of one model, from the base model where name is empty, with diffusers' defaults for what it leaves
-    out; UserError if it is of another class."""
+    """The configuration of a model (no name: the base model's), with diffusers' defaults. UserError for another class."""
     flag, name = (flag, name) if name else ("base-model", base_model)
     config = load_part(cls, flag, name, subfolder, config_of=base_model)
     if config.get("_class_name") != cls.__name__:
@@ -273,14 +268,17 @@ class Text(NamedTuple):
         return given
 
 
+def without_repetition(prompts: list[str]) -> tuple[list[str], list[int]]:
+    """The prompts, each once, and which of them each one is."""
+    unique = list(dict.fromkeys(prompts))
+    return unique, [unique.index(p) for p in prompts]
+
+
 @torch.no_grad()
 def encode(pipe: DiffusionPipeline, batch, guided: bool, negative_prompt: str = "") -> Text:
-    """The text for the B images of a batch: 2B rows with the unconditional half first where guided, else B.
-
-    An empty negative prompt means the model's own unconditional embeddings (SDXL's: zeros where its index says so).
-    """
-    unique = list(dict.fromkeys(batch.prompts))
-    rows = [unique.index(p) for p in batch.prompts]
+    """The text for the B images of a batch: 2B rows with the unconditional half first where guided, else B. An empty
+    negative prompt means the model's own unconditional embeddings (SDXL's: zeros where its index says so)."""
+    unique, rows = without_repetition(batch.prompts)
     negative = [negative_prompt] * len(unique) if negative_prompt else None
     options = {"device": pipe.unet.device, "num_images_per_prompt": 1, "negative_prompt": negative}
     # SD 1.5 and 2.1 have no pooled embeddings.

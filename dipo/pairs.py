@@ -3,7 +3,6 @@
 import collections
 import math
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,10 +21,9 @@ START = {"epoch": 0, "block": 0, "first": 0, "before": 0, "rows": None}
 
 
 def quiet_data() -> None:
-    """No loading bars of the libraries that read, and no advice."""
+    """No loading bars of what reads, and no advice."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".*set_vital.*")
 
 
 def check_usable(rows: datasets.IterableDataset, pairs_of, name: str) -> None:
@@ -69,8 +67,7 @@ def read_pixels(pair: dict, resolution: int) -> np.ndarray:
 
 
 def read_pair(pair: dict, resolution: int) -> dict | None:
-    """A pair of dipo.schemas.pairs_of as {"pixels": uint8 (2, resolution, resolution, 3), the winner first, "caption": str};
-    None where a picture cannot be read."""
+    """A pair as {"pixels": uint8 (2, resolution, resolution, 3), winner first, "caption": str}; None where unreadable."""
     try:
         pixels = read_pixels(pair, resolution)
     except UNREADABLE:
@@ -81,9 +78,8 @@ def read_pair(pair: dict, resolution: int) -> dict | None:
 def random_draws(
     key: tuple[int, ...], latent_shape: tuple[int, ...], train_timesteps: int, caption_dropout: float, flip: bool = False
 ) -> dict:
-    """What is random about one visit to one pair, from a seed of its own, so that it depends neither on the batch nor on
-    the process: timestep (), noise latent_shape, posterior_noise (2, *latent_shape), drop_caption (), and with flip, as
-    often as not, mirrored (), of both pictures."""
+    """What is random about one visit to one pair, from a seed of its own, whatever the batch and the process: timestep (),
+    noise latent_shape, posterior_noise (2, *latent_shape), drop_caption (), and with flip mirrored (), both pictures'."""
     g = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
     draws = {
         "timestep": torch.randint(train_timesteps, (), generator=g),
@@ -135,8 +131,8 @@ class Pairs:
         return {"pairs": 0, "count": 1, "size": self.shuffle_buffer, "lanes": {"0": lane}}
 
     def batches(self, size: int):
-        """What this process has to read for each batch, as arguments of item; the ties passed, each on one process; and the
-        position behind the batch."""
+        """For each batch: what this process has to read, as item's arguments; the ties passed, each on one process; the
+        position behind it."""
         at, count = self.position["pairs"], self.position["count"]
         shared = math.gcd(self.world, count)
         starts = {n: self.position["lanes"].get(str(n), START) for n in range(self.rank % shared, count, shared)}

@@ -1,5 +1,4 @@
-"""The first usable pairs of a hub data set, streamed into parquet files: a run that was stopped goes on, damage is made
-good."""
+"""The first usable pairs of a hub data set as parquet files: a run that was stopped goes on, damage is made good."""
 
 import contextlib
 import functools
@@ -42,24 +41,22 @@ def read_pairs(rows, find, position: dict | None, wanted: int, bar: tqdm):
     the position behind it; fewer where the stream ends. find: of dipo.schemas.pairs_of."""
     from dipo.pairs import read_pair
 
+    def usable():
+        left_out = 0
+        for row in rows:
+            if any(read_pair(pair, 8) for pair in find(row)[0]):
+                bar.update()
+                yield row
+            else:
+                left_out += 1
+                bar.set_postfix_str(f"{left_out} left out", refresh=False)
+
     if position:
         rows.load_state_dict(position)
-    pairs, left_out = [], 0
-    for row in rows:
-        if all(read_pair(pair, 8) is None for pair in find(row)[0]):
-            left_out += 1
-            bar.set_postfix_str(f"{left_out} left out", refresh=False)
-            continue
-        pairs.append(row)
-        wanted -= 1
-        bar.update()
-        if len(pairs) == PAIRS_PER_FILE or not wanted:
-            yield pairs, rows.state_dict()
-            pairs = []
-        if not wanted:
-            return
-    if pairs:
+    stream = usable()
+    while pairs := list(itertools.islice(stream, min(PAIRS_PER_FILE, wanted))):
         yield pairs, rows.state_dict()
+        wanted -= len(pairs)
 
 
 def save_file(folder: Path, state: dict, file: str, rows: list[dict], features, position: dict | None) -> None:
@@ -68,17 +65,14 @@ def save_file(folder: Path, state: dict, file: str, rows: list[dict], features, 
 
     with written_whole(folder / file) as part:
         datasets.Dataset.from_list(rows, features=features).to_parquet(part)
-    pairs = len(rows) if position else 0
-    state["files"][file] = {"pairs": pairs, "sha256": sha256(folder / file), "position": position}
+    state["files"][file] = {"pairs": len(rows) if position else 0, "sha256": sha256(folder / file), "position": position}
     write_text(folder / "state.json", json.dumps(state))
 
 
 def fetch_pairs(root: Path, source: Source, wanted: int, revision: str) -> None:
-    """Stream the first wanted usable pairs into train-00000.parquet and so on in a folder of root, and the captions of
-    Pick-a-Pic's test set into test_unique.parquet, and their checksums into SHA256SUMS. Whole files of earlier runs are
-    kept, damaged ones made again.
-
-    Raises RepositoryError for what is wrong with the data set, DownloadError for the disk and the connection."""
+    """Stream the first wanted usable pairs into train-00000.parquet and so on in a folder of root, the captions of
+    Pick-a-Pic's test set into test_unique.parquet, and checksums into SHA256SUMS. Whole files of earlier runs are kept,
+    damaged ones made again. RepositoryError for what is wrong with the data set, DownloadError for disk and connection."""
     name = folder_name(source)
     folder = root / name
     try:
@@ -90,13 +84,11 @@ def fetch_pairs(root: Path, source: Source, wanted: int, revision: str) -> None:
                 raise RepositoryError(f"{folder}: holds pairs of commit {state['commit']}; delete it, or omit --revision")
             state |= {"commit": commit, "repo": source.repo}
         stream_into(folder, state, source, wanted)
-    except RepositoryError as e:
+    except DownloadError as e:
         if isinstance(e.__cause__, RepositoryNotFoundError):
             from dipo.schemas import OTHERS
 
             raise RepositoryError(f"{e}; {OTHERS}") from e
-        raise
-    except DownloadError:
         raise
     except UserError as e:
         raise RepositoryError(str(e)) from e
@@ -145,9 +137,8 @@ def stream_into(folder: Path, state: dict, source: Source, wanted: int) -> None:
             save(file, pairs, rows.features, position)
         if more:
             rows, find = open_train(stream, source.repo, state["commit"])
-            number = itertools.count(len(train))
-            for pairs, position in read_pairs(rows, find, behind[-1], more, bar):
-                save(f"train-{next(number):05d}.parquet", pairs, rows.features, position)
+            for number, (pairs, position) in enumerate(read_pairs(rows, find, behind[-1], more, bar), len(train)):
+                save(f"train-{number:05d}.parquet", pairs, rows.features, position)
     for path in folder.glob("train-[0-9][0-9][0-9][0-9][0-9].parquet"):
         if path.name not in files:
             path.unlink()

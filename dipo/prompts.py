@@ -1,5 +1,6 @@
 """Prompts from files, folders and known data sets."""
 
+import contextlib
 import csv
 import functools
 import io
@@ -88,8 +89,7 @@ def prompt_columns(table: pd.DataFrame, category: str = "") -> pd.DataFrame:
 
 
 def named_column(table: pd.DataFrame, names: tuple[str, ...]) -> pd.Series | None:
-    """The column of the first of these names that is there, in any case and with blanks around it; where a row has nothing,
-    that of the next one."""
+    """The column of the first of these names, in any case, with blanks around it; where a row is empty, that of the next."""
     columns = plain(table.columns)
     found = [table.iloc[:, columns.index(name)] for name in names if name in columns]
     return functools.reduce(lambda a, b: a.where(a.notna(), b), found) if found else None
@@ -112,8 +112,8 @@ def pickapic_captions(name: str) -> list[str]:
 
 
 def by_category(table: pd.DataFrame, categories: tuple[str, ...], limit: int | None, source: str) -> pd.DataFrame:
-    """The prompts of these categories (of all without any), the first `limit` of each. Categories come in turn, so that a
-    larger limit adds prompts at the end only. UserError for a category that source lacks."""
+    """The prompts of these categories (of all without any), the first `limit` of each, categories in turn: a larger limit
+    adds prompts at the end only. UserError for a category that source lacks."""
     there = list(dict.fromkeys(table["category"]))
     if unknown := [c for c in categories if c not in there]:
         known = f"its categories are {', '.join(there)}" if any(there) else "its prompts have no categories"
@@ -133,21 +133,13 @@ def one_line(text: str) -> str:
 def read_text(path: Path) -> str:
     """A file in UTF-8, UTF-16 (by its mark) or cp1252, of which latin-1's letters are a part. ValueError for other bytes."""
     data = path.read_bytes()
-    for encoding in ("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "cp1252"):
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if encoding == "cp1252" and "\0" in text:
-            break
-        if encoding == "cp1252":
+    with contextlib.suppress(UnicodeDecodeError):
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    with contextlib.suppress(UnicodeDecodeError):
+        if "\0" not in (text := data.decode("cp1252")):
             warn(f"{path} is not in UTF-8 and was read as cp1252; save it as UTF-8 if letters come out wrong")
-        return text
+            return text
     raise ValueError("no text in UTF-8, UTF-16 or cp1252")
-
-
-def read_lines(path: Path) -> pd.DataFrame:
-    return pd.DataFrame({"prompt": read_text(path).splitlines()})
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -155,8 +147,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     where a row has more cells than the header, which pandas would take for an index."""
     text = read_text(path)
     cells = {s: next(csv.reader(io.StringIO(text.lstrip("\r\n")), delimiter=s), []) for s in SEPARATORS}
-    known = {s: named_column(pd.DataFrame(columns=header), PROMPT) is not None for s, header in cells.items()}
-    separator = max(SEPARATORS, key=lambda s: (known[s], len(cells[s])))
+    separator = max(SEPARATORS, key=lambda s: (bool({*PROMPT} & {*plain(cells[s])}), len(cells[s])))
     # Under a header of one cell the lines are whole, whatever they hold.
     options = {"sep": separator if len(cells[separator]) > 1 else "\x1f", "skipinitialspace": True}
     too_wide = f"a row has more cells than the header; put quotes around prompts with {SEPARATORS[separator]}"
@@ -213,5 +204,5 @@ def listed(names) -> str:
     return textwrap.shorten(", ".join(map(str, names)), 120, placeholder=" ...") or "nothing"
 
 
-READERS = {".txt": read_lines, ".csv": read_csv, ".tsv": read_csv, ".parquet": pd.read_parquet}
-READERS |= {".json": read_json, ".jsonl": read_json}
+READERS = {".txt": lambda path: pd.DataFrame({"prompt": read_text(path).splitlines()}), ".csv": read_csv, ".tsv": read_csv}
+READERS |= {".parquet": pd.read_parquet, ".json": read_json, ".jsonl": read_json}

@@ -57,8 +57,6 @@ def validate(s, pipe, unet, prompts: list[str], accelerator: Accelerator, out: P
 def plot_metrics(out: Path, start: float | None) -> None:
     """loss.png: loss (with a line at its start, where that is known), implicit accuracy, and how the noise errors of winners
     and losers changed, over the steps, each step and a running mean."""
-    if not (out / "metrics.csv").exists():
-        return
     table = pd.read_csv(out / "metrics.csv")
     window = max(1, len(table) // 20)
     errors, changes = (table.reindex(columns=[f"{side}_{x}" for side in ("winner", "loser")]) for x in ("mse", "change"))
@@ -156,8 +154,7 @@ def check_upload(name: str) -> None:
 
 
 def upload_result(s, out: Path, step: int) -> None:
-    """What a finished run leaves to the hub repository, without checkpoints, cache and TensorBoard's events. UserError
-    where that fails, with the command that does it later."""
+    """Upload what a finished run leaves but checkpoints, cache and events. UserError with the command that does it later."""
     files = ["pytorch_lora_weights.safetensors" if s.lora_rank else "unet/*", "README.md", "settings.yaml", "metrics.csv"]
     files += ["loss.png", f"validation/step-{step:07d}*.png"]
     try:
@@ -166,8 +163,6 @@ def upload_result(s, out: Path, step: int) -> None:
         huggingface_hub.upload_folder(repo_id=s.push_to_hub, folder_path=out, **what)
     except Exception as e:
         command = ["hf", "upload", s.push_to_hub, str(out), ".", "--private", *(f"--include={x}" for x in files)]
-        raise UserError(
-            f"--push-to-hub {s.push_to_hub}: not uploaded ({first_line(e)}); the result is kept in {out}, upload it with "
-            f"{shlex.join(command)}"
-        ) from e
+        what = f"not uploaded ({first_line(e)}); the result is kept in {out}, upload it with {shlex.join(command)}"
+        raise UserError(f"--push-to-hub {s.push_to_hub}: {what}") from e
     print(f"{out}: uploaded to {url}")

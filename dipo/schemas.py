@@ -59,8 +59,7 @@ LOOK = 1000
 
 
 def open_dataset(name: str, split: str = "train") -> datasets.IterableDataset:
-    """A hub data set, file or folder as a stream of rows with the columns of one of SCHEMAS, pictures still encoded.
-    Raises UserError where there is none, or none that is known."""
+    """A hub data set, file or folder as a stream of rows of one of SCHEMAS, pictures still encoded. UserError for none."""
     path = find_path(name)
     if not path and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(f"--dataset {name!r}: no such file or folder; give files or a hub name, or try --demo")
@@ -130,8 +129,7 @@ def with_rows(files: list[Path]) -> list[Path]:
 
 
 def own_pictures(name: str) -> datasets.IterableDataset:
-    """A folder of pictures whose prompts are known, as hasty_sample.py leaves it, as a row for each prompt that has several.
-    UserError where none has."""
+    """A folder of pictures whose prompts are known as a row for each prompt that has several. UserError where none has."""
     groups = {}
     for file, record in picture_records(name, flag="dataset").items():
         groups.setdefault(record["prompt"], []).append(file)
@@ -180,11 +178,9 @@ def grouped(rows: datasets.IterableDataset, schema: Schema) -> datasets.Iterable
 def pairs_of(
     rows: datasets.IterableDataset, name: str, split: str = "train", ranked_pairs: str = "all"
 ) -> Callable[[dict], tuple[list[dict], int]]:
-    """A function, fit for other processes, from a row of open_dataset to its pairs, {"winner": picture, "loser": picture,
-    "caption": str} each, and how many ties are in it (1 for a row that cannot be used). A picture is bytes, a dict of bytes
-    and path, or a path. Of a ranked group, all pairs or the best against the worst.
-
-    Looks at the first rows. UserError where these are nearly all ties, or name pictures that are not there to be read."""
+    """A function from a row of open_dataset to its pairs (of a ranked group, all or the best against the worst), {"winner":
+    picture, "loser": picture, "caption": str} each, and its number of ties (1 for an unusable row). A picture is bytes, a
+    dict of bytes and path, or a path. UserError where the first rows are nearly all ties, or name pictures outside."""
     schema = layout(rows, name, split)
     if len(schema.pictures) == 1 and not schema.choice:
         raise UserError(f"--dataset {name}: nobody has said which of its pictures are better; --relabel pickscore does")
@@ -201,10 +197,8 @@ def pairs_of(
     if {"2", "2.0"} & {*labels} and not {"0", "0.0"} & {*labels}:
         raise UserError(f"--dataset {name}: {schema.choice} is 1 or 2; write 1 where the first is better, and else 0")
     if len(labels) >= 50 and found < len(labels) / 100:
-        raise UserError(
-            f"--dataset {name}: {len(labels) - found} of the first {len(labels)} rows are ties or have no label that is "
-            f"known; {schema.choice} is {', '.join(labels[:5])} ..."
-        )
+        what = f"{len(labels) - found} of the first {len(labels)} rows are ties or have no label that is known"
+        raise UserError(f"--dataset {name}: {what}; {schema.choice} is {', '.join(labels[:5])} ...")
     return find
 
 
@@ -232,8 +226,7 @@ def picture_folder(name: str, split: str, example: str) -> Path:
 
 
 def group_of(row: dict, schema: Schema) -> tuple[str, list, list[float]]:
-    """The caption of a row, its pictures, those in files by their paths, and their ranks, the lowest best and equal ones
-    ties, whatever the schema."""
+    """The caption of a row, its pictures (or their paths), and their ranks, the lowest best and equal ones ties."""
     caption, choice = row[schema.caption], row.get(schema.choice)
     if len(schema.pictures) == 1:
         pictures = row[schema.pictures[0]] or []
@@ -250,8 +243,7 @@ def group_of(row: dict, schema: Schema) -> tuple[str, list, list[float]]:
 
 
 def located(picture, folder: Path | None):
-    """A picture as it is, or, where a row holds the name of a file only, its path in the folder; None where the name leads
-    out of that."""
+    """A picture as it is or, where a row holds a file's name only, its path in the folder; None for one that leads out."""
     if isinstance(picture, dict) and picture["bytes"] is None and "://" not in (picture["path"] or ""):
         picture = picture["path"]
     if not isinstance(picture, str) or folder is None:

@@ -16,7 +16,6 @@ from dipo.cli import UserError, first_line
 from dipo.devices import DTYPES
 from dipo.files import csv_text, fingerprint, written_whole
 from dipo.judges import Judge
-from dipo.models import quiet_libraries
 from dipo.pictures import UNREADABLE, open_picture
 
 
@@ -50,13 +49,9 @@ class Scores:
         self.judged_by = json.dumps(by)
         self.columns = ["file", "variant", "prompt", "category", "seed", "image", *self.values, "scored_by"]
 
-    def load_judges(self) -> list[Judge]:
-        """The judges, their weights read, to the CPU for the time being."""
-        quiet_libraries()
+    def load_judges(self, device: torch.device | str = "cpu") -> None:
         for judge in self.judges:
-            if judge.model is None:
-                judge.load(self.dtype)
-        return self.judges
+            judge.ready(self.dtype, device)
 
     def table(self) -> pd.DataFrame:
         """All that the file holds, with every column; empty where there is no such file. UserError for another's file."""
@@ -79,8 +74,7 @@ class Scores:
         return good.loc[files, self.columns].reset_index(drop=True)
 
     def add(self, rows: pd.DataFrame) -> None:
-        """Put rows in, by variant and file, in the place of older ones of the same files. What is there is whole at any
-        moment, and processes take turns."""
+        """Put rows in, in the place of older ones of the same files. Processes take turns; it is whole at any moment."""
         with FileLock(self.folder / ".scores.lock"):
             table = pd.concat([self.table(), rows]).drop_duplicates("file", keep="last")
             with written_whole(self.folder / "scores.csv") as part:
@@ -94,8 +88,7 @@ class Scores:
         state.wait_for_everyone()
         share = todo[state.process_index :: state.num_processes]
         if share:
-            for judge in self.load_judges():
-                judge.to(device)
+            self.load_judges(device)
             with ThreadPoolExecutor() as pool, tqdm(total=len(share), unit="image", desc=f"scoring {self.folder}") as bar:
                 bar.disable = not state.is_local_main_process
                 for start in range(0, len(share), batch_size):

@@ -1,5 +1,4 @@
-"""Settings that scripts share, without the paths of models, which stand at the top of each script. It imports nothing that
-takes time, so that --help and a wrong flag are answered at once."""
+"""Settings that scripts share, but model paths. Nothing slow is imported: --help and wrong flags are answered at once."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,5 +1,4 @@
-"""Models in one .safetensors file, in the original layout or, of a part alone, in that of diffusers: what a file holds, as
-its header says it, and how it is loaded."""
+"""Models in one .safetensors file, in the original layout or (a part) in diffusers': what it holds, and how it is loaded."""
 
 import json
 import re
@@ -95,9 +94,8 @@ def load(cls, path: Path, subfolder: str, dtype: torch.dtype | None, base: Path 
 
 
 def config_folder(base: Path | str) -> tuple[Path | str, dict[str, str]]:
-    """Where a base model's configuration is: itself where it is a folder or on the hub, of a file beside it or in
-    assets/configs, then with the tokenizers that are to be added and what they fill up with. ValueError for a file of
-    another kind."""
+    """Where a base model's configuration is: itself, but of a file beside it or in assets/configs, then with the tokenizers
+    that are to be added and what they fill up with. ValueError for a file of another kind."""
     if isinstance(base, str) or base.is_dir():
         return base, {}
     if (base.parent / "model_index.json").exists():

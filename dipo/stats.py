@@ -11,8 +11,7 @@ from statsmodels.stats.weightstats import ttost_paired
 
 
 def mean_interval(values) -> tuple[float, float, float]:
-    """Mean of n values and its 95 % bootstrap interval (percentiles, 9,999 resamples, seeded); both ends are the mean where
-    all values are equal or n is 1."""
+    """Mean and 95 % bootstrap interval (percentiles, 9,999 resamples, seeded); of equal values or one, the mean thrice."""
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2 or np.ptp(x) == 0:
         return (float(x.mean()),) * 3
@@ -22,17 +21,13 @@ def mean_interval(values) -> tuple[float, float, float]:
 
 
 def prompt_means(scores: pd.Series) -> tuple[int, float, float, float]:
-    """n prompts, their mean score and its 95 % interval. scores: by prompt and seed, without what is missing; images of one
-    prompt count as their mean."""
+    """n prompts, their mean score and its 95 % interval. scores: by prompt and seed; a prompt counts as its images' mean."""
     each = scores.dropna().groupby(level="prompt", sort=False).mean()
     return (len(each), *mean_interval(each)) if len(each) else (0, math.nan, math.nan, math.nan)
 
 
 def by_variant(images: pd.DataFrame, name: str) -> pd.DataFrame:
-    """One score of images as a table: a row for each prompt and seed, a column for each variant.
-
-    images: a row for each, with the columns variant, prompt, seed and the score.
-    """
+    """One score of images (with the columns variant, prompt, seed and the score) by prompt and seed, a column a variant."""
     return images.pivot_table(index=["prompt", "seed"], columns="variant", values=name, sort=False)
 
 

@@ -60,9 +60,6 @@ class Row:
         options = [f"{k}={v}" for k, v in sorted(self.options.items())]
         return " ".join(["DDIM" if self.scheduler == "ddim" else self.scheduler, *options])
 
-    def tau(self, pipe: DiffusionPipeline, spacing: str) -> list[int]:
-        return list(self.timesteps) or subsequence(pipe, self.steps, spacing)
-
 
 @contextlib.contextmanager
 def open_study(s: StudySettings, rows: list[Row], judges: list[Judge], timing: bool = False):
@@ -133,8 +130,7 @@ class Study:
             self.scores.load_judges()
 
     def take(self) -> int:
-        """Take what is missing from other studies under the same parent folder that have been scored, as hard links or
-        copies; how many."""
+        """Take what is missing, as hard links or copies, from studies under the same parent that have scores; how many."""
         if not self.missing:
             return 0
         # A setting that is empty and one that an older version did not have are the same.
@@ -151,7 +147,10 @@ class Study:
         taken = {f: there[key(r)] for f, r in self.missing.items() if key(r) in there}
         for file, path in taken.items():
             with written_whole(self.folder / file) as part:
-                link_or_copy(path, part)
+                try:
+                    os.link(path, part)
+                except OSError:
+                    shutil.copy2(path, part)
         return len(taken)
 
     def clean_up(self) -> None:
@@ -182,8 +181,7 @@ class Study:
         return [replace(self.s, dpo_unet=unet, dpo_lora=lora) for unet, lora in pairs]
 
     def batches(self, pipe: DiffusionPipeline, model: StudySettings) -> Iterator[tuple[Row, RunBatch]]:
-        """The missing images of the rows of one of models(), row by row and batch by batch, after warm-ups that are not
-        timed."""
+        """What is missing of the rows of one of models(), row by row, batch by batch, after warm-ups that are not timed."""
         if self.is_main:
             warn_of_long_prompts(pipe, list(self.prompts["prompt"]))
         size, warm = self.s.batch_size, {}
@@ -193,7 +191,7 @@ class Study:
                 continue
             self.bar.set_description(row.label)
             known = warm.setdefault((row.sampler, s.guidance_scale > 1), set())
-            tau = row.tau(pipe, s.timestep_spacing)
+            tau = list(row.timesteps) or subsequence(pipe, row.steps, s.timestep_spacing)
             run = Batches(pipe, share, tau, size, self.bar, s.compile, warm=known)
             for batch in run:
                 yield row, batch
@@ -202,11 +200,9 @@ class Study:
 
     def results(self, *needed: Row) -> tuple[list[Row], pd.DataFrame]:
         """Score what lacks a score; the rows that have images, and those images that each of these rows has, so that
-        unfinished studies are compared in pairs too.
-
-        The images come with all that their records hold, and the columns variant, name (of the file), path, image (its
-        image_id), and each judge's score and logit. Raises UserError where there is none, or none of a row that is needed.
-        """
+        unfinished studies are compared in pairs too. These come with all that their records hold, and the columns variant,
+        name (of the file), path, image (its image_id), and each judge's score and logit. Raises UserError where there is
+        none, or none of a row that is needed."""
         self.bar.close()
         clear_device_cache(garbage_collection=True)
         self.state.wait_for_everyone()
@@ -253,16 +249,8 @@ def eta_label(eta: float) -> str:
     return f", η = {eta:g}" if eta else ""
 
 
-def link_or_copy(path: Path, to: Path) -> None:
-    try:
-        os.link(path, to)
-    except OSError:
-        shutil.copy2(path, to)
-
-
 def score_folders(s: StudySettings, judges: list[Judge]) -> None:
-    """Score folders of finished images, print their means and win rates of the first one over the others, and ask people
-    about two of them."""
+    """Score folders of pictures, print their means and the first one's wins over the others, and ask people about two."""
     folders = [*dict.fromkeys(str(Path(folder)) for folder in s.folders)]
     rows = asked_rows(s, folders, *folders[:2])
     state, device = start(s.device)

@@ -21,10 +21,8 @@ def ddim_timesteps(steps: int, spacing: str, train_steps: int = 1000, offset: in
     i = np.arange(steps)
     if spacing == "leading":
         stride = train_steps // steps
-        if (steps - 1) * (train_steps / steps - stride) >= train_steps / steps:
-            tau = i * train_steps // steps
-        else:
-            tau = i * stride
+        too_low = (steps - 1) * (train_steps / steps - stride) >= train_steps / steps
+        tau = i * train_steps // steps if too_low else i * stride
         tau = (tau + min(offset, train_steps - 1 - tau[-1]))[::-1]
     elif spacing == "trailing":
         tau = np.round(train_steps - i * (train_steps / steps)) - 1
@@ -43,9 +41,8 @@ def subsequence(pipe, steps: int, spacing: str) -> list[int]:
 
 
 def align_your_steps(steps: int, scheduler, known: list[int]) -> list[int]:
-    """Align Your Steps (Sabour et al. 2024): known are the ten timesteps that were optimised for a model; for other counts
-    its authors take their noise levels, the end of the last step with them, log-linearly. steps: 1 to 50, beyond which
-    timesteps would fall together."""
+    """Align Your Steps (Sabour et al. 2024). known: the ten timesteps optimised for a model; for other counts its authors
+    take their noise levels, the last step's end with them, log-linearly. steps: 1 to 50; with more, some would coincide."""
     sigma = np.log((1 / scheduler.alphas_cumprod.double().numpy() - 1) ** 0.5)
     wanted = np.interp(np.arange(steps) / steps, np.linspace(0, 1, len(known) + 1), sigma[[*known, 0]])
     return [int(t) for t in np.round(np.interp(wanted, sigma, np.arange(len(sigma))))]

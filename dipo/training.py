@@ -4,21 +4,14 @@ import contextlib
 import math
 import os
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    is_wandb_available,
-)
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils.imports import is_bnb_available, is_wandb_available
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
@@ -44,6 +37,7 @@ def check_training(s) -> None:
     numbers = ("learning_rate", "beta_dpo", "max_grad_norm", "max_mse_ratio", "lora_alpha", "tflops")
     rules = [(x, getattr(s, x) is None or 0 < getattr(s, x) < math.inf, "use a finite number above 0") for x in numbers]
     mu, tied = s.winner_preserving, s.init_unet and not s.lora_rank and s.loss not in WITHOUT_REFERENCE
+    installed = s.optimizer != "adamw8bit" or s.dry_run or is_bnb_available()
     rules += [
         ("weight_decay", 0 <= s.weight_decay < math.inf, "use 0 or more"),
         ("caption_dropout", 0 <= s.caption_dropout < 1, "use 0 (every pair with its caption) to less than 1"),
@@ -54,11 +48,7 @@ def check_training(s) -> None:
         ("winner_preserving", mu is None or 0 <= mu <= 1, "use 0 to 1"),
         ("winner_preserving", mu is None or s.loss != "sft", "sft trains on winners only; leave it out"),
         ("reference", s.reference == "init" or tied, "needs --init-unet, a loss that has a reference, and no --lora-rank"),
-        (
-            "optimizer",
-            s.optimizer != "adamw8bit" or find_spec("bitsandbytes") or s.dry_run,
-            "not installed; pip install bitsandbytes",
-        ),
+        ("optimizer", installed, "not installed; pip install bitsandbytes"),
         ("wandb", not s.wandb or is_wandb_available(), "not installed; pip install wandb"),
     ]
     for name, fine, advice in rules:
@@ -83,13 +73,14 @@ def result_flags(s, name: str) -> str:
 def open_accelerator(s, out: Path) -> Accelerator:
     """The processes of this launch. UserError where the batch does not divide, or for what FSDP and DeepSpeed cannot do."""
     steps = accumulation_steps(s.effective_batch_size, s.train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
+    # FSDP would add up whole gradients on each device.
+    accumulation = GradientAccumulationPlugin(num_steps=steps, sync_each_batch=parse_flag_from_env("ACCELERATE_USE_FSDP"))
     accelerator = Accelerator(
         cpu=on_cpu(s.device),
         mixed_precision=s.mixed_precision,
         log_with=["tensorboard", "wandb"] if s.wandb else ["tensorboard"],
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
-        # FSDP would add up whole gradients on each device.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=steps, sync_each_batch=fsdp_is_asked()),
+        gradient_accumulation_plugin=accumulation,
         kwargs_handlers=[
             # A process that encodes or writes keeps the others waiting longer than the ten minutes that NCCL would allow.
             InitProcessGroupKwargs(timeout=timedelta(days=1)),
@@ -145,8 +136,7 @@ def picture_size(s, pipe: DiffusionPipeline) -> int:
 
 
 def add_lora(s, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    """Freeze the UNet in dtype and put a LoRA in float32 on the layers of s.lora_targets, zero at the start. UserError where
-    one of them fits no layer."""
+    """Freeze the UNet in dtype and add a LoRA in float32, zero at the start. UserError for a target that fits no layer."""
     unet.requires_grad_(False).to(dtype)
     targets, alpha = list(s.lora_targets), s.lora_alpha or s.lora_rank
     names = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
@@ -190,11 +180,6 @@ def in_parts(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in ("FSDP", "DEEPSPEED")
 
 
-def fsdp_is_asked() -> bool:
-    """Whether accelerate launch was given FSDP, which it takes on GPUs only."""
-    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
-
-
 def set_parts(s, accelerator: Accelerator, unet: UNet2DConditionModel) -> None:
     """What those who spread a step over several processes want before they take the UNet."""
     if accelerator.distributed_type == "DEEPSPEED":
@@ -214,8 +199,7 @@ def set_parts(s, accelerator: Accelerator, unet: UNet2DConditionModel) -> None:
 
 
 def autocast(accelerator: Accelerator):
-    """A context for the forward passes. FSDP and DeepSpeed cast by themselves; with autocast around it the reference would
-    be computed otherwise."""
+    """A context for forward passes, none with FSDP and DeepSpeed: they cast themselves, and the reference would differ."""
     return contextlib.nullcontext() if in_parts(accelerator) else accelerator.autocast()
 
 
@@ -287,10 +271,8 @@ def prepare_batch(pipe: DiffusionPipeline, batch: dict, unconditional: list[torc
         given = encode_captions(pipe, batch["caption"])
     posterior = DiagonalGaussianDistribution(moments.float())
     z = posterior.mean + posterior.std * noise.transpose(0, 1).flatten(0, 1)
-    text, *pooled = (
-        torch.where(drop.view(-1, *[1] * (x.ndim - 1)), none, x).repeat(2, *[1] * (x.ndim - 1))
-        for x, none in zip(given, unconditional, strict=True)
-    )
+    given = [torch.where(drop.view(-1, *[1] * (x.ndim - 1)), y, x) for x, y in zip(given, unconditional, strict=True)]
+    text, *pooled = (torch.cat([x, x]) for x in given)
     height, width = (side * pipe.vae_scale_factor for side in z.shape[-2:])
     return z * pipe.vae.config.scaling_factor, text_of(text, *(pooled or [None]), height, width)
 
@@ -347,19 +329,16 @@ def first_errors(progress: dict, m_w: float, m_l: float) -> tuple[float, float]:
 
 def drift_error(step: int, mse: float, reference_mse: float, max_ratio: float) -> UserError | None:
     """What to raise where the model's noise error is more than max_ratio times the reference's."""
-    if mse > max_ratio * reference_mse:
-        return UserError(
-            f"step {step}: the noise error {mse:.4f} exceeds {max_ratio:g} times the reference's {reference_mse:.4f}; start "
-            "again with a lower --learning-rate, or --resume with a larger --max-mse-ratio"
-        )
-    return None
+    what = f"step {step}: the noise error {mse:.4f} exceeds {max_ratio:g} times the reference's {reference_mse:.4f}"
+    advice = "start again with a lower --learning-rate, or --resume with a larger --max-mse-ratio"
+    return UserError(f"{what}; {advice}") if mse > max_ratio * reference_mse else None
 
 
 def warn_of_displacement(metrics: Path, progress: dict) -> None:
     """Once in a run, a warning where over the last 20 steps the loss is below the first step's and the winners' noise error
     above the reference's, each by more than two standard errors, and the error by more than 1 %, as less comes and goes.
     progress: gets a note of it."""
-    table = pd.read_csv(metrics) if metrics.exists() else pd.DataFrame()
+    table = pd.read_csv(metrics)
     last = table.tail(20)
     if progress.get("displaced") or len(last) < 20 or "winner_change" not in last:
         return
@@ -368,10 +347,9 @@ def warn_of_displacement(metrics: Path, progress: dict) -> None:
     falls = last.loss.mean() < table.loss[0] - 2 * last.loss.sem()
     if falls and share > 1 and change.mean() > 2 * change.sem():
         progress["displaced"] = True
-        warn(
-            f"the loss falls, but the winners' noise error has grown by {share:.2g} % (likelihood displacement); if "
-            "pictures suffer, use --winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate"
-        )
+        what = f"the loss falls, but the winners' noise error has grown by {share:.2g} % (likelihood displacement)"
+        advice = "use --winner-preserving 0.5, a larger --beta-dpo, or a lower --learning-rate"
+        warn(f"{what}; if pictures suffer, {advice}")
 
 
 @contextlib.contextmanager
@@ -380,7 +358,5 @@ def out_of_memory_told(pairs: int):
     try:
         yield
     except torch.OutOfMemoryError as e:
-        raise UserError(
-            f"the GPU's memory does not hold {pairs} pairs of this size; use a smaller --train-batch-size, "
-            "--gradient-checkpointing, --optimizer adafactor, or --lora-rank 64"
-        ) from e
+        advice = "use a smaller --train-batch-size, --gradient-checkpointing, --optimizer adafactor, or --lora-rank 64"
+        raise UserError(f"the GPU's memory does not hold {pairs} pairs of this size; {advice}") from e

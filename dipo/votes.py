@@ -43,11 +43,8 @@ def asked_rows(s, variants: list[str], *default: str) -> tuple[str, ...]:
 
 def ask(s, folder: Path, images: pd.DataFrame, judges: list[Judge], rows: tuple[str, ...], paper=None) -> list[Path]:
     """Write vote.html about two rows into a folder and, with --votes, tables of what people said of any two, which are
-    printed too. Returns the files.
-
-    images: a row for each, with the columns variant, path, prompt, seed, category, image and each judge's score. paper: how
-    often the paper has the first of two rows chosen, 0 to 1, by the two.
-    """
+    printed too. Returns the files. images: a row for each, with the columns variant, path, prompt, seed, category, image
+    and each judge's score. paper: how often the paper has the first of two rows chosen, 0 to 1, by the two."""
     order = list(dict.fromkeys(images["variant"]))
     a, b = sorted(rows, key=order.index)
     pairs = pairs_of(images, a, b)
@@ -90,12 +87,9 @@ def pairs_of(images: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
 
 def write_page(path: Path, pairs: pd.DataFrame, a: str, b: str) -> Path:
     """The page for pairs of the rows a and b, whose pictures it finds from where it lies."""
-
-    def source(picture: Path) -> str:
-        return quote(Path(os.path.relpath(picture, path.parent)).as_posix())
-
     names = {"pair": pairs["pair"], "prompt": pairs["prompt"].map(without_apostrophe), "fingerprint": pairs["pictures"]}
-    pictures = [[source(x), source(y)] for x, y in zip(pairs["path_a"], pairs["path_b"], strict=True)]
+    both = zip(pairs["path_a"], pairs["path_b"], strict=True)
+    pictures = [[quote(Path(os.path.relpath(x, path.parent)).as_posix()) for x in two] for two in both]
     study = {"rows": [a, b], "pairs": pd.DataFrame(names).assign(pictures=pictures).to_dict("records")}
     study["study"] = hashlib.sha256(json.dumps(study).encode()).hexdigest()[:12]
     # JSON in ASCII, without what could end the element that holds it.
@@ -159,21 +153,23 @@ def wins_of(votes: pd.DataFrame) -> pd.DataFrame:
     for (a, b), part in votes[votes["showing"] == "1"].groupby(["a", "b"], sort=False):
         groups = [("all", "", part)]
         groups += [(by, name, group) for by in ("category", "voter") for name, group in part.groupby(by, sort=False) if name]
-        lines += [
-            {"a": a, "b": b, "by": by, "name": name, **stats.win_rate(x["won"], 0 * x["won"])} for by, name, x in groups
-        ]
+        for by, name, x in groups:
+            lines.append({"a": a, "b": b, "by": by, "name": name, **stats.win_rate(x["won"], 0 * x["won"])})
     return pd.DataFrame(lines)
 
 
 def agreement_of(votes: pd.DataFrame, judges: list[Judge]) -> pd.DataFrame:
     """For each two rows how voters agree with each other (Krippendorff's alpha), each with himself where a pair came again,
     and each judge with people, as a share of their votes without ties: measure, n, agreement and its ends _low, _high."""
+    from nltk.metrics.agreement import AnnotationTask  # slow to import
+
     lines = []
     for (a, b), part in votes.groupby(["a", "b"], sort=False):
         first = part[part["showing"] == "1"]
         shared = first[first.groupby("pair")["voter"].transform("size") > 1]
         if len(shared):
-            value = {"n": shared["pair"].nunique(), "agreement": alpha(shared)}
+            alpha = AnnotationTask(shared[["voter", "pair", "won"]].itertuples(index=False, name=None)).alpha()
+            value = {"n": shared["pair"].nunique(), "agreement": alpha}
             lines.append({"a": a, "b": b, "name": "voters", "measure": "alpha"} | value)
         again = part.pivot(index=["voter", "pair"], columns="showing", values="won").reindex(columns=["1", "2"]).dropna()
         for voter, x in again.groupby("voter", sort=False):
@@ -184,13 +180,6 @@ def agreement_of(votes: pd.DataFrame, judges: list[Judge]) -> pd.DataFrame:
             sides = np.sign(decided[f"{judge.name}_a"] - decided[f"{judge.name}_b"]) * decided["won"]
             lines.append({"a": a, "b": b, "name": judge.label, "measure": "same choice as people"} | share(sides))
     return pd.DataFrame(lines)
-
-
-def alpha(votes: pd.DataFrame) -> float:
-    """Krippendorff's alpha, nominal, of votes by voter and pair."""
-    from nltk.metrics.agreement import AnnotationTask  # slow to import
-
-    return AnnotationTask(votes[["voter", "pair", "won"]].itertuples(index=False, name=None)).alpha()
 
 
 def share(sides) -> dict[str, float]:

@@ -131,7 +131,7 @@ def test_the_trained_unet_fits_the_demo_pipeline_and_is_preferred(demo_pipe, mon
 def test_the_shipped_judges_agree_with_the_annotator(judge):
     """demo/make_judges.py measures at least 80 % of the 364 held-out pairs that are no ties."""
     paths = [DEMO_PATHS[name] for name in ("pickscore", "pickscore_processor", "hpsv2")]
-    score = PickScore(*paths[:2]) if judge == "pickscore" else HPSv2(paths[2])
+    score = PickScore(*paths[:2]) if judge == "pickscore" else HPSv2(paths[2], "v2.1")
     score.load(torch.float32)
     table = pd.read_parquet(SHIPPED / "test.parquet")
     table = table[table.label_0 != 0.5]

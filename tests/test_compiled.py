@@ -191,7 +191,7 @@ def test_generated_code_gives_the_same_latents(demo_pipe, small_unet):
     assert close(fast, plain) and torch.equal(sample(), fast)
     assert not torch.equal(plain, fast), "the compiled call was not used"
     assert close(sample(prompts=2), other) and not close(other, plain)
-    with compiled.eager():
+    with torch.compiler.set_stance("force_eager"):
         assert close(sample(), plain)
     torch.compiler.reset()
 
@@ -204,7 +204,7 @@ def test_a_compiled_unet_finds_the_text_of_each_batch_in_one_place(demo_pipe, sm
     compiled.compile_unet(pipe)
     addresses = set()
     for batch, prompts in ((2, 1), (2, 2), (1, 3), (2, 1)):
-        with contextlib.nullcontext() if batch == 2 else compiled.eager():
+        with contextlib.nullcontext() if batch == 2 else torch.compiler.set_stance("force_eager"):
             assert close(sample(batch, prompts), plain[batch, prompts])
         known = small_unet.known_projections[4].values()
         addresses.add(tuple(given.output.data_ptr() for given in known))
@@ -215,7 +215,7 @@ def test_a_compiled_unet_finds_the_text_of_each_batch_in_one_place(demo_pipe, sm
     assert len(known) == len(layers) and not any(isinstance(layer, compiled.Given) for layer in layers)
     calls = []
     hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
-    with compiled.eager():
+    with torch.compiler.set_stance("force_eager"):
         sample()
     assert len(calls) == len(layers)
     for hook in hooks:

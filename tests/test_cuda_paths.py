@@ -401,7 +401,7 @@ def clipscore(mode, dtype, folder):
 
 
 def hpsv2(mode, dtype, folder):
-    judge, precision = judges.HPSv2(""), {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    judge, precision = judges.HPSv2("", "v2.1"), {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     judge.model = open_clip.create_model("ViT-H-14", precision=precision).eval()
     judge.size, judge.dtype, tokenize = 224, dtype, open_clip.get_tokenizer("ViT-H-14")
 
@@ -454,7 +454,7 @@ def test_a_judge_of_real_size(cuda, make, dtype, tmp_path):
     with unset_fake_temporarily() if make is imagereward else contextlib.nullcontext():
         judge = make(cuda, dtype, tmp_path)
     assert sum(p.numel() for p in judge.model.parameters()) / 1e6 == pytest.approx(JUDGES[make], rel=0.01)
-    judge.to(GPU)
+    judge.model.to(GPU)
     scores = judge([Image.new("RGB", (1024, 1024))] * 3, ["a red cat", "a dog", "a red cat"])
     assert scores.shape == (3,) and scores.dtype == torch.float32 and scores.device.type == "cpu"
 

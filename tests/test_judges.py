@@ -40,7 +40,7 @@ def judge(kind, folder):
     """One of the random judges, loaded in float32 on the CPU."""
     parts = {PickScore: ("pickscore", "pickscore"), HPSv2: ("hpsv2",), ImageReward: ("imagereward", "bert")}
     parts |= {Aesthetic: ("aesthetic", "pickscore")}
-    judge = kind(*(str(folder / part) for part in parts.get(kind, ("pickscore",))))
+    judge = kind(*(str(folder / part) for part in parts.get(kind, ("pickscore",))), *["v2.1"] * (kind is HPSv2))
     judge.load(torch.float32)
     return judge
 
@@ -226,6 +226,13 @@ def test_checkpoints_that_do_not_fit_or_hold_code(random_judges, tmp_path, kind,
     (tmp_path / file).unlink()
     with pytest.raises(UserError, match=r"cannot be loaded .*No such file"):
         judge(kind, tmp_path)
+
+
+def test_a_checkpoint_of_hpsv2_that_is_lost_is_said_once(tmp_path, caplog):
+    """And not by open_clip, which would take its name for that of other weights."""
+    with pytest.raises(UserError, match=r"--hpsv2 .*HPS_v2.1_compressed.pt cannot be loaded .*No such file"):
+        HPSv2(str(tmp_path), "v2.1").load(torch.float32)
+    assert not caplog.records
 
 
 def test_an_aesthetic_predictor_of_another_clip_is_said(random_judges, tmp_path):

@@ -16,7 +16,7 @@ from dipo.devices import DTYPES
 from dipo.files import find_path
 from dipo.rows import scheduled
 from dipo.settings import DEMO_PATHS
-from dipo.timesteps import ddim_timesteps, successive
+from dipo.timesteps import ddim_timesteps, subsequence, successive
 
 
 def alpha_bar_float64():
@@ -130,7 +130,8 @@ def test_rows_of_our_own_loop_are_the_stock_pipelines(stock_pipe, demo_pipe, mon
     for row, scheduler, steps in cases:
         monkeypatch.setattr(stock_pipe, "scheduler", scheduler)
         theirs = stock_latents(stock_pipe, PROMPTS, (3, 4), guidance_scale=5.0, **steps)
-        ours = latents(demo_pipe, PROMPTS, row.tau(demo_pipe, row.timestep_spacing), row.eta, 5.0, (3, 4))
+        tau = list(row.timesteps) or subsequence(demo_pipe, row.steps, row.timestep_spacing)
+        ours = latents(demo_pipe, PROMPTS, tau, row.eta, 5.0, (3, 4))
         # Euler's variable is x / sqrt(alpha_bar).
         theirs = theirs * alpha_bar_float64()[0] ** 0.5 if row is ays else theirs
         assert (ours - theirs).abs().max() < 1e-4

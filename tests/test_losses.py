@@ -368,6 +368,6 @@ def test_8_bit_adamw_goes_on_to_the_bit(train, tmp_path):
 
 def test_without_bitsandbytes_8_bit_is_refused_at_once(monkeypatch):
     td = script("train_dipo")
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    monkeypatch.setattr(training, "is_bnb_available", lambda: False)
     with pytest.raises(training.UserError, match="pip install bitsandbytes"):
         training.check_training(td.complete(td.Settings(optimizer="adamw8bit", device="cpu")))

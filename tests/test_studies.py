@@ -842,7 +842,7 @@ def test_seconds_are_those_of_full_batches():
 
 
 def test_plots_draw_every_row_with_its_interval(finished):
-    judges = [PickScore("", ""), HPSv2("")]
+    judges = [PickScore("", ""), HPSv2("", "v2.1")]
     table = pd.read_csv(finished[0] / "compare_quality/table1.csv")
     equal = pd.read_csv(finished[0] / "compare_quality/equivalence.csv")
     rows_file = (str(ROOT / "tests/rows.yaml"),)
