@@ -30,11 +30,12 @@ from typing import Literal
 from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.utils import disable_progress_bars
+from tqdm import tqdm
 
 from dipo import checksums, cli, hub, pickapic
 from dipo.checksums import DownloadError
 from dipo.cli import UserError
-from dipo.hub import Snapshot, Source, readable
+from dipo.hub import Snapshot, Source
 
 TOKENIZER = ("merges.txt", "tokenizer_config.json", "vocab.json")
 VOCABULARY = ("merges.txt", "special_tokens_map.json", "vocab.json")
@@ -171,7 +172,7 @@ def check(root: Path, names: tuple[str, ...]) -> None:
 def find_model(root: Path, name: str, revision: str) -> Snapshot:
     """What is to be fetched of a model, which is printed. Raises RepositoryError."""
     snapshot = hub.find_snapshot((SOURCES | SD15)[name], revision, root / name)
-    what = f"{checksums.count(snapshot.files)}, {readable(snapshot.size)}"
+    what = f"{checksums.count(snapshot.files)}, {tqdm.format_sizeof(snapshot.size, 'B')}"
     print(f"{name}: {what}, from {snapshot.source.repo}@{snapshot.commit[:8]}", flush=True)
     return snapshot
 
@@ -186,10 +187,10 @@ def check_room(root: Path, snapshots: list[Snapshot], dataset: tuple | None) -> 
         print(f"{name}: {wanted} pairs, {new} of them new, from {source.repo}", flush=True)
         needed += new * pickapic.BYTES_PER_PAIR
     free = shutil.disk_usage(root).free
-    print(f"to fetch: {readable(needed)}; free on the disk of {root.absolute()}: {readable(free)}", flush=True)
+    need, room = (tqdm.format_sizeof(size, "B") for size in (needed, free))
+    print(f"to fetch: {need}; free on the disk of {root.absolute()}: {room}", flush=True)
     if needed > free:
-        what = f"{readable(needed)} needed, {readable(free)} free"
-        raise DownloadError(f"{root.absolute()}: {what}; make room, or give another folder with --output-dir")
+        raise DownloadError(f"{root.absolute()}: {need} needed, {room} free; make room, or give another --output-dir")
 
 
 def print_use(root: Path, dataset: str) -> None:

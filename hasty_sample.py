@@ -207,13 +207,12 @@ def main(s: Settings) -> None:
     check_settings(s)
     s, steps = fitted(s), len(s.timesteps) or s.num_inference_steps
     s = replace(s, negative_prompt=one_line(s.negative_prompt), num_inference_steps=steps)
-    prompts = list(read_prompts(s.prompts, s.parti, s.pickapic)["prompt"]) if s.prompts else list(EXAMPLE_PROMPTS)
-    prompts = prompts[: s.limit]
+    prompts = read_prompts(s.prompts, s.parti, s.pickapic)["prompt"].tolist() if s.prompts else [*EXAMPLE_PROMPTS]
     state, device = start(s.device)
     dtype_name = dtype_for(s.dtype, device)
     out = writable_folder(s.output_dir)
     with claimed(out, state):
-        wanted, common = wanted_images(s, prompts, dtype_name)
+        wanted, common = wanted_images(s, prompts[: s.limit], dtype_name)
         # Images of a longer run before belong to the folder too, if they were made with the same settings.
         numbered = [p for p in out.glob("[0-9]" * 5 + "*.png") if p.stem.isdecimal() and read_record(p)]
         others = {p.name: common | {"seed": s.seed + int(p.stem)} for p in numbered}
@@ -222,7 +221,8 @@ def main(s: Settings) -> None:
         # Every process has to have looked before the first one writes.
         state.wait_for_everyone()
         if state.is_main_process:
-            for path in [*out.glob(".*.part"), *(out / f for f in others.keys() - wanted.keys() - done.keys())]:
+            gone = others.keys() - wanted.keys() - done.keys()
+            for path in [*out.glob(".*.png*.part"), *out.glob(".*.csv.part"), *(out / file for file in gone)]:
                 path.unlink()
             if len(todo) < len(wanted):
                 print(f"{len(wanted) - len(todo)} of {len(wanted)} images are in {out} already")

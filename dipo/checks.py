@@ -46,8 +46,6 @@ def check_sampling(s: SamplingSettings) -> None:
     for name, check in NUMBERS.items():
         if (value := getattr(s, name, None)) is not None:
             check(name.replace("_", "-"), *(value if isinstance(value, tuple) else (value,)))
-    if not s.output_dir.strip():
-        raise UserError("--output-dir is empty: give a folder")
     if not 0 <= s.seed < 2**62:
         raise UserError(f"--seed {s.seed}: use 0 to 2**62 - 1")
     caption_font(192, s.font)

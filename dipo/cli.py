@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import re
@@ -61,9 +62,11 @@ def parse(settings: type, description: str):
 
 
 def answer(settings: type, module: str, description: str) -> None:
-    """Parse the command line of the script that runs, for what ends there: --help and what is wrong with a flag."""
+    """Parse the command line of the script that runs, for what ends there: --help and what is wrong with a flag. The imports
+    that follow make no garbage: they go faster if none is looked for, and run() keeps out of what they leave."""
     if module == "__main__":
         parse(settings, description)
+        gc.disable()
 
 
 def run(main, settings: type, description: str, again: str = "the same command goes on") -> None:
@@ -73,6 +76,9 @@ def run(main, settings: type, description: str, again: str = "the same command g
         # A folder's name may hold letters that the terminal does not.
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     s = parse(settings, description)
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     try:
         main(s)
     except UserError as e:

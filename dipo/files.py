@@ -97,7 +97,9 @@ def csv_text(text: str) -> str:
 
 
 def writable_folder(name: str, flag: str = "output-dir") -> Path:
-    """The folder, made where it is not there; UserError where nothing can be written into it."""
+    """The folder, made where it is not there; UserError where nothing can be written into it, and for no name."""
+    if not name.strip():
+        raise UserError(f"--{flag} is empty: give a folder")
     try:
         folder = Path(name).expanduser()
         folder.mkdir(parents=True, exist_ok=True)

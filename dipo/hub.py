@@ -103,13 +103,6 @@ def repo_info(source: Source, revision: str, **more):
     return info
 
 
-def readable(size: float) -> str:
-    for power, unit in ((1e9, "GB"), (1e6, "MB")):
-        if size >= power / 10:
-            return f"{size / power:.1f} {unit}"
-    return f"{size / 1e3:.1f} kB"
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """The files of a repository at one commit, and the folder they go into."""

@@ -45,7 +45,8 @@ class Judge:
     model: torch.nn.Module | None = None
 
     def __init__(self, *values: str):
-        self.values, self.source, self.weights = values, " ".join(values), values[: self.holders]
+        self.values = dict(zip(self.settings, values, strict=True))
+        self.source, self.weights = " ".join(values), values[: self.holders]
 
     def ready(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Have the weights read, once, and on the device."""
@@ -55,9 +56,9 @@ class Judge:
         self.model.to(device)
 
     @contextlib.contextmanager
-    def loading(self, k: int, *files: str):
-        """Value k as a path or hub name, and UserError for whatever goes wrong while these files are loaded from there."""
-        name, setting = self.values[k], self.settings[k]
+    def loading(self, setting: str, *files: str):
+        """Its value as a path or hub name, and UserError for whatever goes wrong while these files are loaded from there."""
+        name = self.values[setting]
         try:
             yield str(find_path(name) or name)
         except Exception as e:
@@ -90,9 +91,9 @@ class PickScore(ClipJudge):
     logit, logit_scale, settings = "pickscore", 1.0, ("pickscore", "pickscore_processor")
 
     def load(self, dtype: torch.dtype) -> None:
-        with self.loading(0, "config.json", "model.safetensors") as path:
+        with self.loading("pickscore", "config.json", "model.safetensors") as path:
             self.model = CLIPModel.from_pretrained(path, torch_dtype=dtype, use_safetensors=True).eval()
-        with self.loading(1) as path:
+        with self.loading("pickscore_processor") as path:
             self.processor = AutoProcessor.from_pretrained(path)
 
     def of_cosine(self, cosine: torch.Tensor) -> torch.Tensor:
@@ -103,11 +104,10 @@ class CLIPScore(ClipJudge):
     """CLIPScore (Hessel et al. 2021): 2.5 times the cosine of image and "A photo depicts" prompt, 0 where negative."""
 
     name, label, settings = "clipscore", "CLIPScore, 2.5 cos", ("clip",)
-    # Section 3: what captions start with.
-    prefix = "A photo depicts "
+    prefix = "A photo depicts "  # section 3
 
     def load(self, dtype: torch.dtype) -> None:
-        with self.loading(0) as path:
+        with self.loading("clip") as path:
             # OpenAI's repository has no safetensors on its main branch; torch.load reads its weights only, no code.
             self.model = CLIPModel.from_pretrained(path, torch_dtype=dtype).eval()
             self.processor = AutoProcessor.from_pretrained(path)
@@ -132,8 +132,8 @@ class HPSv2(Judge):
     name, label, logit, settings = "hpsv2", "HPSv2", "hpsv2_logit", ("hpsv2", "hpsv2_version")
 
     def load(self, dtype: torch.dtype) -> None:
-        file = HPSV2_FILES[self.values[1]]
-        with self.loading(0, file) as path:
+        file = HPSV2_FILES[self.values["hpsv2_version"]]
+        with self.loading("hpsv2", file) as path:
             path = checkpoint(path, file)
             path.stat()  # of a file that is not there open_clip would say less
             name, tokenize = "ViT-H-14", None
@@ -170,9 +170,9 @@ class ImageReward(Judge):
     mean, logit_scale = 0.16717362830052426, 1.0333394966054072
 
     def load(self, dtype: torch.dtype) -> None:
-        with self.loading(0, "ImageReward.pt", "med_config.json") as path:
+        with self.loading("imagereward", "ImageReward.pt", "med_config.json") as path:
             self.model = load_imagereward(checkpoint(path, "ImageReward.pt", "med_config.json"), dtype)
-        with self.loading(1) as path:
+        with self.loading("imagereward_tokenizer") as path:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             # BLIP's, behind BERT's own.
             self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
@@ -195,12 +195,12 @@ class Aesthetic(Judge):
     name, label, digits, settings, holders = "aesthetic", "aesthetic score", 3, ("aesthetic", "aesthetic_clip"), 2
 
     def load(self, dtype: torch.dtype) -> None:
-        with self.loading(0, "aesthetic-model.pth") as path:
+        with self.loading("aesthetic", "aesthetic-model.pth") as path:
             weights = torch.load(checkpoint(path, "aesthetic-model.pth"), map_location="cpu", weights_only=True)
             width = weights["layers.0.weight"].shape[1]
             head = torch.nn.ModuleDict({"layers": linear_head(width)})
             head.load_state_dict(weights)
-        with self.loading(1) as path:
+        with self.loading("aesthetic_clip") as path:
             vision = CLIPVisionModelWithProjection.from_pretrained(path, torch_dtype=dtype)
             if vision.config.projection_dim != width:
                 raise ValueError(f"it embeds in {vision.config.projection_dim} dimensions, the predictor takes {width}")

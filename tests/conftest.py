@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: everything runs on the CPU with the demo model, without network."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 
 DEMO = ROOT / "assets" / "demo" / "sdxl"
+
+
+def pytest_collection_finish():
+    """What was imported stays: the scripts' searches for garbage pass over it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 """What several test files need: child processes, the loops of the scripts, pictures, small random judges."""
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -73,6 +74,7 @@ def run(name, *arguments):
 def inside(name, arguments, folder, log, environment, before):
     """The life of a process of PROCESSES: in a folder, with its output in files of it. before: (a function, what it is
     given besides the script's module), called first."""
+    gc.freeze()
     os.chdir(folder)
     os.environ |= environment
     for number, end in ((1, "out"), (2, "err")):

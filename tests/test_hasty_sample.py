@@ -196,9 +196,11 @@ def test_images_left_over_from_another_seed_go_with_overwrite(run):
     assert run("hasty_sample", *flags, "--limit", 3)[0] == 0
     code, _, err = run("hasty_sample", *flags, "--limit", 1, "--seed", 7)
     assert code == 2 and "seed 0, this run has 7" in err
-    Path("out/.00009.png.1.part").write_bytes(b"x")
+    for name in (".00009.png.1.part", ".grid.png.part", ".images.csv.part", ".big.iso.part"):
+        Path("out", name).write_bytes(b"x")
     assert run("hasty_sample", *flags, "--limit", 1, "--seed", 7, "--overwrite")[0] == 0
-    assert sorted(p.name for p in Path("out").iterdir()) == ["00000.png", "grid.png", "images.csv"]
+    # What is half-written and not ours stays.
+    assert sorted(p.name for p in Path("out").iterdir()) == [".big.iso.part", "00000.png", "grid.png", "images.csv"]
 
 
 def test_a_picture_of_other_origin_is_not_replaced(run):

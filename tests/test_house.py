@@ -1,11 +1,14 @@
 """The house rules that keep the scripts readable: what may import what, what stands in each script, how long things get."""
 
 import ast
+import gc
 import sys
 
 import pytest
 from conftest import ROOT
 from helpers import SAMPLERS, SCRIPTS, script, start
+
+from dipo import cli
 
 LINES = dict.fromkeys(SAMPLERS, 350) | {"train_dipo": 450, "download_models": 250}
 MODULES = sorted(p.stem for p in (ROOT / "dipo").glob("[!_]*.py"))
@@ -140,6 +143,17 @@ def test_help_and_wrong_flags_wait_for_no_library(name, tmp_path):
     for flag, code, said in (("--help", 0, "usage:"), ("--no-such-flag", 2, "error: Unrecognized options: --no-such-flag")):
         done = start(sys.executable, ROOT / f"{name}.py", flag, PYTHONPATH=str(tmp_path))
         assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
+
+
+def test_garbage_is_looked_for_in_the_run_and_not_in_what_was_imported(monkeypatch):
+    """Which takes a third of a short run otherwise."""
+    monkeypatch.setattr(sys, "argv", ["hasty_sample.py"])
+    settings, seen = script("hasty_sample").Settings, []
+    gc.unfreeze()
+    cli.answer(settings, "__main__", "")
+    assert not gc.isenabled()
+    cli.run(lambda s: seen.append((gc.isenabled(), gc.get_freeze_count())), settings, "")
+    assert seen[0][0] and seen[0][1] > 100_000
 
 
 def test_under_accelerate_launch(tmp_path):

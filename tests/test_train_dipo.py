@@ -840,6 +840,7 @@ def test_bad_data_end_with_one_line(train, tmp_path, kind, said):
         (("--effective-batch-size", "10", "--train-batch-size", "4"), "no multiple of 4 pairs per device x 1 processes"),
         (("--effective-batch-size", "3", "--train-batch-size", "4"), "use one, or another --train-batch-size"),
         (("--output-dir", "file"), "--output-dir file: cannot be written to"),
+        (("--output-dir", ""), "--output-dir is empty: give a folder"),
         (("--cache-dir", "file"), "--cache-dir file: cannot be written to"),
         (("--weight-decay", "-1"), "--weight-decay -1.0: use 0 or more"),
         (("--validation-prompts", "nothing.txt"), "--validation-prompts nothing.txt: no such file or folder"),
