@@ -205,8 +205,8 @@ def check_settings(s: Settings) -> None:
 def main(s: Settings) -> None:
     s = completed(s, DEMO)
     check_settings(s)
-    s, steps = fitted(s), len(s.timesteps) or s.num_inference_steps
-    s = replace(s, negative_prompt=one_line(s.negative_prompt), num_inference_steps=steps)
+    s = replace(fitted(s), num_inference_steps=len(s.timesteps) or s.num_inference_steps)
+    s = replace(s, negative_prompt=one_line(s.negative_prompt))
     prompts = read_prompts(s.prompts, s.parti, s.pickapic)["prompt"].tolist() if s.prompts else [*EXAMPLE_PROMPTS]
     state, device = start(s.device)
     dtype_name = dtype_for(s.dtype, device)

@@ -235,7 +235,7 @@ def load_models(s: Settings, device: torch.device, dtype: torch.dtype) -> Diffus
 
 
 def wrap(s: Settings, pipe: DiffusionPipeline, accelerator: Accelerator):
-    """The UNet as accelerate, FSDP or DeepSpeed have it, its optimizer, and the frozen reference (None: it needs none)."""
+    """The UNet as accelerate, FSDP or DeepSpeed have it, its optimizer, the frozen reference (None for LoRA, sft, mapo)."""
     unet, dtype, reference = pipe.unet, s.dtype, None
     if s.lora_rank:
         torch.manual_seed(s.seed)

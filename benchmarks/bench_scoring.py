@@ -72,8 +72,7 @@ def main(s: Settings) -> None:
         torch.manual_seed(0)
         torch.save({"state_dict": open_clip.create_model("ViT-H-14").half().state_dict()}, checkpoint)
         theirs, ours = load_package(checkpoint), HPSv2(str(checkpoint), "v2.1")
-        ours.load(dtype)
-        ours.to(device)
+        ours.ready(dtype, device)
 
         def package() -> list[float]:
             return [float(theirs(image, prompt)) for image, prompt in zip(pictures[:16], prompts, strict=False)]

@@ -112,9 +112,9 @@ class Batches:
                 latents = sample(pipe, batch, batch.tau, ...)
                 batch.save(decode(pipe.vae, latents))
 
-    todo: records, with prompt, seed, height and width, by path. size: of a batch, at most. bar: counts steps of images.
-    compiled: use torch.compile for full batches. timing: times are to be trusted, so a warm-up (of timesteps warm_up) comes
-    before the first batch of each size that is not in warm, and no PNG is written while the next batch is sampled.
+    todo: records, with prompt, seed, height and width, by path. tau: the timesteps. size: of a batch, at most. bar: counts
+    steps of images. compiled: torch.compile full batches. timing: times are to be trusted, so a warm-up (of timesteps
+    warm_up) comes before the first batch of each size not in warm, and no PNG is written while the next batch is sampled.
     """
 
     def __init__(

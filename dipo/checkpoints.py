@@ -123,7 +123,7 @@ def count_step(progress: dict, pairs: int, skipped: bool, ties: float, unreadabl
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: str) -> list[dict]:
-    """Load weights, optimizer and random state, or UserError. Returns the position in the data of each process of then."""
+    """Load weights, optimizer and random state, or UserError. Returns each writing process's position in the data."""
     try:
         accelerator.load_state(checkpoint)
     except Exception as e:

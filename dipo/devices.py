@@ -46,7 +46,7 @@ def start(name: str) -> tuple[PartialState, torch.device]:
 
 @contextlib.contextmanager
 def claimed(folder: Path, state, flag: str = "output-dir"):
-    """Hold a folder's lock on the main process; UserError on all where another run has it. Its file goes, if all is well."""
+    """Hold a folder's lock on the state's main process; UserError on all where another run has it. Its file then goes."""
     lock, taken = FileLock(folder / ".lock", timeout=0), [False]
     if state.is_main_process:
         try:

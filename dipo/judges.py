@@ -21,7 +21,7 @@ HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
 def checkpoint(name: str, file: str, *beside: str) -> Path:
-    """A checkpoint: name itself where that is a file, else this file in that folder or, with those beside it, repository."""
+    """A checkpoint: name itself if that is a file, this file in a folder, or of a repository, with those beside it."""
     path = find_path(name)
     if path is None:
         return Path([huggingface_hub.hf_hub_download(name, x) for x in (*beside, file)][-1])
@@ -141,7 +141,7 @@ class HPSv2(Judge):
                 open_clip.add_model_config(config)
                 name, tokenize = config.stem, HFTokenizer(str(path.parent / "tokenizer"), context_length=77)
             precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-            self.model = open_clip.create_model(name, pretrained=str(path), precision=precision).eval()
+            self.model = open_clip.create_model(name, pretrained=str(path), precision=precision, weights_only=True).eval()
             self.tokenize = tokenize or open_clip.get_tokenizer(name)
         self.size, self.dtype = self.model.visual.image_size[0], dtype
         self.logit_scale = self.model.logit_scale.exp().item()

@@ -60,7 +60,7 @@ def rows_of(s: StudySettings, **entry) -> list[Row]:
     if (spacing := entry.get("timestep_spacing", "ays")) not in SPACINGS:
         raise UserError(f"timestep_spacing: {spacing}: use one of {', '.join(SPACINGS)}")
     rows = []
-    for n in [steps or len(tau)] if isinstance(steps, int) else steps:
+    for n in [steps or len(tau)] if tau or isinstance(steps, int) else steps:
         check_steps("steps", n)
         name = re.sub(r"\W+", "-", f"{label} {n}".lower()).strip("-")
         shared = {k: v for k, v in entry.items() if k not in ("label", "note")}

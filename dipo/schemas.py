@@ -180,7 +180,7 @@ def pairs_of(
 ) -> Callable[[dict], tuple[list[dict], int]]:
     """A function from a row of open_dataset to its pairs (of a ranked group, all or the best against the worst), {"winner":
     picture, "loser": picture, "caption": str} each, and its number of ties (1 for an unusable row). A picture is bytes, a
-    dict of bytes and path, or a path. UserError where the first rows are nearly all ties, or name pictures outside."""
+    dict of bytes and path, or a path. UserError where the first rows are nearly all ties, or name pictures out of reach."""
     schema = layout(rows, name, split)
     if len(schema.pictures) == 1 and not schema.choice:
         raise UserError(f"--dataset {name}: nobody has said which of its pictures are better; --relabel pickscore does")

@@ -94,8 +94,8 @@ def load(cls, path: Path, subfolder: str, dtype: torch.dtype | None, base: Path 
 
 
 def config_folder(base: Path | str) -> tuple[Path | str, dict[str, str]]:
-    """Where a base model's configuration is: itself, but of a file beside it or in assets/configs, then with the tokenizers
-    that are to be added and what they fill up with. ValueError for a file of another kind."""
+    """Where a base model's configuration is: a folder or hub name itself; of a file beside it, or in assets/configs with the
+    tokenizers that are to be added and what they fill up with. ValueError for a file of another kind."""
     if isinstance(base, str) or base.is_dir():
         return base, {}
     if (base.parent / "model_index.json").exists():

@@ -101,14 +101,23 @@ def start_two(name, *flags, cwd, before=()):
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     environments = [world | {"RANK": k, "LOCAL_RANK": k} for k in "01"]
     processes = [fork(name, flags, cwd, f"process-{x['RANK']}-", x, before) for x in environments]
-    multiprocessing.connection.wait([p.sentinel for p in processes], 300)
-    for p in processes:
-        # Where one has failed, the launcher ends the other.
-        p.join(0 if any(q.exitcode for q in processes) else 300)
-        p.kill()
-        p.join()
+    try:
+        multiprocessing.connection.wait([p.sentinel for p in processes], 300)
+        for p in processes:
+            # Where one has failed, a launcher ends the other.
+            p.join(0 if any(q.exitcode for q in processes) else 300)
+    finally:
+        for p in processes:
+            p.kill()
+            p.join()
     out, err = ("".join((cwd / f"process-{k}-{end}.log").read_text() for k in "01") for end in ("out", "err"))
     return SimpleNamespace(returncode=max(abs(p.exitcode) for p in processes), stdout=out, stderr=err)
+
+
+def launch_two(name, *flags, cwd):
+    """The same by torch's own launcher."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return start(*launch, ROOT / f"{name}.py", *flags, cwd=cwd, OMP_NUM_THREADS="1")
 
 
 def pixels(path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import StableDiffusionXLPipeline
-from helpers import PROMPTS, SCRIPTS, STUDIES, script
+from helpers import PROMPTS, SCRIPTS, script
 from original import save_original, small_pipeline
 from safetensors.torch import save_file
 
@@ -49,6 +49,12 @@ def test_every_command_that_is_told_parses(name, flags, monkeypatch):
         assert isinstance(cli.parse(script(name).Settings, script(name).__doc__), script(name).Settings)
 
 
+def test_configurations_that_commands_name_are_there():
+    texts = [page.read_text(encoding="utf-8") for page in PAGES] + [script("train_dipo").__doc__]
+    named = re.findall(r"--config_file (\S+)", "".join(texts))
+    assert len({*named}) == 2 and all((ROOT / name).exists() for name in named)
+
+
 def test_there_are_commands_of_every_script():
     assert {name for name, _ in commands()} == {*SCRIPTS} and len(commands()) > 60
 
@@ -56,17 +62,24 @@ def test_there_are_commands_of_every_script():
 # ------------------------------------------------------------------------------------------------- commands that are run
 
 # What makes a command small, whatever sizes it has itself.
-SIZES = {name: ["--limit", 1, "--dipo-steps", 2, "--baseline-steps", 3] for name in STUDIES}
-SIZES["compare_quality"][2:3] = ["--steps"]
-SIZES["Ablation_experiment"][2:] = ["--num-inference-steps", 2, "--etas", 0, 1]
-SIZES["hasty_sample"] = ["--limit", 2, "--num-inference-steps", 2]
-SIZES["train_dipo"] = ["--effective-batch-size", 2, "--train-batch-size", 2, "--max-train-steps", 1, "--max-train-pairs", 8]
-SIZES["train_dipo"] += ["--validate-every", 0]
-SIZES["voter"], SIZES["measure_dpo"] = [], ["--n", 2, "--model", ROOT / DEMO_PATHS["base_model"]]
+SIZES = {
+    "hasty_sample": ("--limit", 2, "--num-inference-steps", 2),
+    "compare_quality": ("--limit", 1, "--steps", 2, "--baseline-steps", 3),
+    "Ablation_experiment": ("--limit", 1, "--num-inference-steps", 2, "--etas", 0, 1),
+    "Semantic_Categories": ("--limit", 1, "--dipo-steps", 2, "--baseline-steps", 3),
+    "Human_Preference_compare": ("--limit", 1, "--dipo-steps", 2, "--baseline-steps", 3),
+    "train_dipo": (
+        *("--effective-batch-size", 2, "--train-batch-size", 2, "--max-train-steps", 1, "--max-train-pairs", 8),
+        *("--validate-every", 0),
+    ),
+    "voter": (),
+    "measure_dpo": ("--n", 2, "--model", ROOT / DEMO_PATHS["base_model"]),
+}
 
 
 def told():
-    """The commands in the pages' blocks of shell, as bash makes words of them, loops and variables done: (script, flags)."""
+    """The commands in the pages' blocks of shell, as bash makes words of them, loops and variables done: (script, flags).
+    Blocks that make an environment are left out."""
     # The README last: its pictures are those of docs/training.md.
     text = "".join(page.read_text(encoding="utf-8") for page in reversed(PAGES))
     text = text.replace("# open vote.html", "python demo/voter.py generated_images/demo/Human_Preference_compare #")
@@ -109,7 +122,9 @@ def test_every_command_in_a_block_runs(home, tiny, run):
     paths = DEMO_PATHS | {"base_model": tiny, "dpo_unet": tiny / "unet", "clip": DEMO_PATHS["pickscore"]}
     paths |= {"parti": "parti", "dataset": DEMO_PATHS["pickapic"]}
     del paths["judges"]
-    for name, flags in told():
+    commands = told()
+    assert {*SIZES} <= {name for name, _ in commands}
+    for name, flags in commands:
         if name in SIZES:
             models = [(f"--{k.replace('_', '-')}", v) for k, v in paths.items() if hasattr(script(name).Settings, k)]
             words = [word for flag in flags for word in (glob.glob(flag) or [flag])]

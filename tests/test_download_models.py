@@ -185,7 +185,7 @@ def test_the_judges(download, hub, tmp_path):
         assert f"{source.repo}@{source.revision[:8]}" in out and f'{name.replace("-", "_")}: str = "' in out
     assert {p.name for p in (tmp_path / "models").iterdir()} == {*dm.JUDGES, "SHA256SUMS", ".download.lock"}
     # In order: what and how large, the room, and only then anything is fetched.
-    assert out.index("clip: 7 files, 1.91MB,") < out.index("to fetch: 5.72MB; free on the disk") < out.index("checksums that")
+    assert out.index("clip: 7 files, 1.91MB") < out.index("to fetch: 5.72MB; free on the disk") < out.index("checksums that")
     first = next(i for i, (_, path, _) in enumerate(hub.requests) if "/resolve/" in path)
     asked = [path for _, path, _ in hub.requests[:first] if "/revision/" in path]
     assert len(asked) == len(dm.JUDGES)
@@ -377,7 +377,7 @@ def test_what_was_deleted_is_not_shown(download, hub, tmp_path):
     code, out, err = download("--only", "vae")
     assert code == 1 and "was deleted" in err and "vae: str" not in out and "hpsv2: str" in out
     # The whole file was announced, as nothing of it could be kept.
-    assert "to fetch: 3.0" in out.partition("MB; free")[0]
+    assert any(f"to fetch: 3.0{digit}MB; free" in out for digit in range(10))
     assert checksums.read_sums(tmp_path / "models").keys() == {"hpsv2"}
 
 

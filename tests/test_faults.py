@@ -237,7 +237,9 @@ def undisturbed(tmp_path_factory):
             recorded = ("record_writes", str(folder / f"{script}.writes"))
             process = begin(script, (*flags, "--output-dir", done[script]), folder, recorded)
             process.join(200)
-            assert process.exitcode == 0, (folder / "err.log").read_text()
+            code = process.exitcode
+            process.kill()
+            assert code == 0, (folder / "err.log").read_text()
         return done[script]
 
     return make

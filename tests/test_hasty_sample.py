@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import DEMO, ROOT
 from filelock import FileLock
-from helpers import pixels, popen, start
+from helpers import launch_two, pixels, popen, start
 from PIL import Image
 
 import hasty_sample
@@ -90,8 +90,7 @@ def test_two_processes_make_what_one_makes(run, tmp_path):
     flags = [*FAST, "--eta", 1, "--limit", 5]
     code, _, err = run("hasty_sample", *flags, "--output-dir", "one")
     assert code == 0, err
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = start(*launch, *command(*flags, "--output-dir", "two")[1:], cwd=tmp_path, OMP_NUM_THREADS="1")
+    done = launch_two("hasty_sample", *flags, "--output-dir", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("grid.png") == 1
     assert len(pd.read_csv(tmp_path / "two/images.csv")) == 5

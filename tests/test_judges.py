@@ -199,24 +199,30 @@ def test_the_aesthetic_score_is_laions(random_judges, images):
 
 
 @pytest.mark.parametrize(
-    ("kind", "file"), [(ImageReward, "imagereward/ImageReward.pt"), (Aesthetic, "aesthetic/aesthetic-model.pth")]
+    ("kind", "file", "last"),
+    [
+        (ImageReward, "imagereward/ImageReward.pt", "layers.7.bias"),
+        (Aesthetic, "aesthetic/aesthetic-model.pth", "layers.7.bias"),
+        (HPSv2, "hpsv2/HPS_v2.1_compressed.pt", "ln_final.bias"),
+    ],
 )
-def test_checkpoints_that_do_not_fit_or_hold_code(random_judges, tmp_path, kind, file):
-    for part in ("imagereward", "aesthetic"):
+def test_checkpoints_that_do_not_fit_or_hold_code(random_judges, tmp_path, kind, file, last):
+    for part in ("imagereward", "aesthetic", "hpsv2"):
         (tmp_path / part).mkdir()
-    for path in ("imagereward/med_config.json", "bert", "pickscore"):
+    beside = [path for path in (random_judges / "hpsv2").iterdir() if path.suffix != ".pt"]
+    for path in (*("imagereward/med_config.json", "bert", "pickscore"), *(p.relative_to(random_judges) for p in beside)):
         (tmp_path / path).symlink_to(random_judges / path)
     whole = torch.load(random_judges / file, weights_only=True)
+    whole = whole.get("state_dict", whole)
 
     class Evil:
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path / 'harm'}",))
 
-    last = "layers.7.bias"
     cases = {"Missing key": {k: v for k, v in whole.items() if not k.endswith(last)}, "Unexpected key": whole | {"x": whole}}
     cases |= {"size mismatch": {k: v[:0] if k.endswith(last) else v for k, v in whole.items()}, "Weights only": Evil()}
     for said, content in cases.items():
-        torch.save(content, tmp_path / file)
+        torch.save({"state_dict": content} if kind is HPSv2 else content, tmp_path / file)
         with pytest.raises(
             UserError, match=f"--{kind.name} .*{re.escape(file.split('/')[1])}.* cannot be loaded .*{said}"
         ) as e:

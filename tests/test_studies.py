@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
-from helpers import SAMPLERS, pixels, start_two, study_rows
+from helpers import SAMPLERS, launch_two, pixels, start_two, study_rows
 from helpers import script as module_of
 from PIL import Image
 
@@ -499,7 +499,7 @@ def test_images_that_a_study_beside_has_are_taken(finished, run, tmp_path, monke
 def test_a_row_has_its_own_models_guidance_and_timesteps(run, tiny):
     Path("rows.yaml").write_text(
         f"- {{label: Base, dpo_unet: '', steps: 2, guidance_scale: 1}}\n- {{label: Guided, dpo_unet: '', steps: 2}}\n"
-        f"- {{label: Mine, dpo_unet: {tiny / 'unet'}, timesteps: [900, 500, 10], eta: 0.5}}\n"
+        f"- {{label: Mine, dpo_unet: {tiny / 'unet'}, timesteps: [900, 500, 10], steps: [], eta: 0.5}}\n"
     )
     flags = ("--steps", 2, "--baseline-steps", 3, "--demo", "--limit", 1, "--rows", "rows.yaml", "--output-dir", "out")
     code, _, err = run("compare_quality", *flags)
@@ -535,6 +535,7 @@ def test_rows_of_distilled_models_are_what_their_authors_say():
         ("- {label: x, steps: '3'}", "x: steps: '3' cannot be"),
         ("- {label: x, steps: [a]}", "x: --steps a: use 1 to 1000"),
         ("- {label: x}", "x: give either steps or timesteps"),
+        ("- {label: x, steps: []}", "x: give either steps or timesteps"),
         ("- {label: x, timesteps: [1, 2]}", "x: --timesteps 1 2: give numbers from 999 down to 0"),
         ("- {label: x, steps: 2, eta: 3}", "x: --eta 3: use 0"),
         ("- {label: x, steps: 2, scheduler: UNet2DModel}", "x: scheduler UNet2DModel: diffusers has no such class"),
@@ -765,7 +766,7 @@ def test_a_second_run_in_the_same_folder_is_told(run):
 def test_both_processes_are_told_of_a_second_run(tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.lock"):
-        done = start_two("Ablation_experiment", "--demo", "--output-dir", "out", cwd=tmp_path)
+        done = launch_two("Ablation_experiment", "--demo", "--output-dir", "out", cwd=tmp_path)
     assert done.returncode != 0 and done.stderr.count("error: --output-dir out: another run is writing there") == 1
     assert 'Ablation_experiment.py", line' not in done.stderr and not list((tmp_path / "out").glob("*/*.png"))
 
