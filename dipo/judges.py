@@ -1,6 +1,7 @@
 """Models of human preference and of agreement with the prompt. A judge gives scores of N images and their N prompts."""
 
 import contextlib
+import logging
 from pathlib import Path
 
 import huggingface_hub
@@ -15,9 +16,6 @@ from dipo.cli import UserError
 from dipo.files import find_path
 from dipo.imagereward import linear_head, load_imagereward
 from dipo.models import quiet_libraries, reason, without_repetition
-
-# The files that hpsv2.utils.hps_version_map names.
-HPSV2_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
 def checkpoint(name: str, file: str, *beside: str) -> Path:
@@ -132,16 +130,21 @@ class HPSv2(Judge):
     name, label, logit, settings = "hpsv2", "HPSv2", "hpsv2_logit", ("hpsv2", "hpsv2_version")
 
     def load(self, dtype: torch.dtype) -> None:
-        file = HPSV2_FILES[self.values["hpsv2_version"]]
+        # As hpsv2.utils.hps_version_map has it.
+        file = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}[self.values["hpsv2_version"]]
         with self.loading("hpsv2", file) as path:
             path = checkpoint(path, file)
-            path.stat()  # of a file that is not there open_clip would say less
+            # Mapped, not read: each of several processes would hold all of it beside the model.
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
             name, tokenize = "ViT-H-14", None
             if config := next(path.parent.glob("*-hpsv2.json"), None):
                 open_clip.add_model_config(config)
                 name, tokenize = config.stem, HFTokenizer(str(path.parent / "tokenizer"), context_length=77)
             precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-            self.model = open_clip.create_model(name, pretrained=str(path), precision=precision, weights_only=True).eval()
+            logging.disable(logging.WARNING)  # that the model has no weights yet
+            self.model = open_clip.create_model(name, precision=precision).eval()
+            logging.disable(logging.NOTSET)
+            self.model.load_state_dict(weights)
             self.tokenize = tokenize or open_clip.get_tokenizer(name)
         self.size, self.dtype = self.model.visual.image_size[0], dtype
         self.logit_scale = self.model.logit_scale.exp().item()

@@ -38,11 +38,6 @@ def check_usable(rows: datasets.IterableDataset, pairs_of, name: str) -> None:
     raise UserError(f"--dataset {name}: no usable pair in it; {why}")
 
 
-def read_picture(value: bytes, resolution: int) -> np.ndarray:
-    """An encoded picture, resized and centre-cropped: uint8 (resolution, resolution, 3). Raises what Pillow raises."""
-    return np.asarray(ImageOps.fit(open_picture(value), (resolution, resolution), Image.Resampling.BILINEAR))
-
-
 def stored(picture: bytes | dict | str) -> bytes:
     """The bytes of a picture that dipo.schemas.pairs_of names, out of its file where it is in one."""
     if isinstance(picture, dict) and picture["bytes"] is None:
@@ -63,7 +58,9 @@ def next_row(stream) -> dict | None:
 
 
 def read_pixels(pair: dict, resolution: int) -> np.ndarray:
-    return np.stack([read_picture(stored(pair[k]), resolution) for k in ("winner", "loser")])
+    """A pair's pictures, resized and centre-cropped: uint8 (2, resolution, resolution, 3). Raises what Pillow raises."""
+    pictures = (open_picture(stored(pair[k])) for k in ("winner", "loser"))
+    return np.stack([ImageOps.fit(x, (resolution, resolution), Image.Resampling.BILINEAR) for x in pictures])
 
 
 def read_pair(pair: dict, resolution: int) -> dict | None:

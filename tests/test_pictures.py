@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin, features
 
 from dipo.grids import save_grids
-from dipo.pairs import read_picture
+from dipo.pairs import read_pixels
 from dipo.pictures import UNREADABLE, comfyui_prompt, open_picture, prompt_inside
 
 GREY = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
@@ -95,7 +95,8 @@ def test_a_gradient_is_the_same_from_every_kind_of_file(kind, tmp_path):
     (tmp_path / "picture").write_bytes(data)
     for source in (data, tmp_path / "picture"):
         assert np.abs(values(source) - np.stack([wanted] * 3, axis=-1)).max() <= tolerance
-    assert abs(read_picture(data, 16).mean() - np.asarray(wanted)[:, 120:136].mean()) <= tolerance + 0.5
+    both = read_pixels({"winner": data, "loser": data}, 16)
+    assert abs(both.mean() - np.asarray(wanted)[:, 120:136].mean()) <= tolerance + 0.5
 
 
 def test_16_bits_are_rounded_and_half_of_black_over_white_is_grey():

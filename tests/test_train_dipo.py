@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 import train_dipo as td
 from dipo import cache, checkpoints, training
 from dipo.cli import UserError
-from dipo.pairs import Pairs, make_loader, next_row, random_draws, read_pair, read_picture, stored
+from dipo.pairs import Pairs, make_loader, next_row, random_draws, read_pair, read_pixels
 from dipo.schemas import open_dataset, pairs_of
 
 
@@ -341,9 +341,10 @@ def test_data_that_cannot_be_used_are_told_and_no_thread_stays(numbers, workers)
 def test_pictures_are_scaled_and_cut_about_their_centre():
     picture = Image.new("RGB", (300, 100), "red")
     picture.paste((0, 0, 255), (100, 0, 200, 100))
-    cut = read_picture(jpeg(picture), 64)
+    pair = {"winner": jpeg(picture), "loser": {"bytes": jpeg(picture), "path": None}}
+    cut = read_pixels(pair, 64)[0]
     assert cut.shape == (64, 64, 3) and (cut[..., 2] > 200).mean() > 0.95
-    assert read_picture(stored({"bytes": jpeg(picture), "path": None}), 8).shape == (8, 8, 3)
+    assert read_pixels(pair, 8).shape == (2, 8, 8, 3)
     assert read_pair({"winner": jpeg(picture)[:200], "loser": jpeg(picture), "caption": ""}, 8) is None
 
 
