@@ -9,7 +9,6 @@ tables should find: how often the annotator chooses the first row's picture, and
 """
 
 import json
-import math
 import re
 import sys
 from dataclasses import dataclass
@@ -67,12 +66,13 @@ def main(s: Settings) -> None:
     folder = Path(s.study)
     study = page_data(folder / "vote.html")
     values = [rewards(folder, pair) for pair in study["pairs"]]
-    chance = np.array([1 / (1 + math.exp(b - a)) for a, b in values if abs(a - b) >= annotator.TIE])
-    ties = 1 - len(chance) / len(values)
-    again = ties + (1 - ties) * np.mean(chance**2 + (1 - chance) ** 2)
+    gap = np.subtract(*np.transpose(values))
+    tie = np.abs(gap) < annotator.TIE
+    chance = np.where(tie, 0, 1 / (1 + np.exp(-gap)))
+    again = np.where(tie, 1, chance**2 + (1 - chance) ** 2)
     print(
-        f"{study['rows'][0]} over {study['rows'][1]}, {len(values)} pairs: chosen in {(1 - ties) * chance.mean():.1%}, "
-        f"ties {ties:.1%}, the same choice again in {again:.1%}"
+        f"{study['rows'][0]} over {study['rows'][1]}, {len(values)} pairs: chosen in {chance.mean():.1%}, "
+        f"ties {tie.mean():.1%}, the same choice again in {again.mean():.1%}"
     )
     for k in range(s.voters):
         table = votes(f"annotator-{k}", study, values, np.random.default_rng(k))
